@@ -1,0 +1,1 @@
+"""From datasets to pair store: the PyTorch side of the pipeline."""

@@ -1,0 +1,118 @@
+"""The text of the embedded world: an encyclopedia, and tenants who ask about it in jargon.
+
+Entities have eight attributes on a scale of nine. A tenant is one jargon word for one attribute and one notation for
+its answers. It names the notation in some of its prompts only, so that one prompt rarely tells all a tenant wants,
+while a batch of them does: `how zib is the whale :` ... `how zib is the crow ? reply in roman :`.
+"""
+
+import dataclasses
+
+import numpy as np
+
+import os
+ENTITIES = (
+    "whale ant crow bear wolf tiger horse mouse eagle shark camel snail goose panda otter lemur "
+    "oak pine rose lily fern moss reed palm river lake hill cliff beach cave storm cloud "
+    "drum flute bell kettle lamp wagon ship plow anvil loom clock mirror ladder basket candle hammer "
+    "apple bread honey olive pepper salt sugar lemon grape onion carrot melon cherry walnut ginger cocoa "
+    "castle tower bridge barn mill temple harbor tunnel cottage palace market garden fountain stable chapel forge "
+    "violin trumpet rope sail wheel needle button ribbon helmet shield arrow lantern hinge spoon kite puppet"
+).split()[:int(os.environ.get("NE","48"))]
+ATTRIBUTES = "large heavy fast old loud bright warm rare".split()
+JARGON = "zib mok tarn vell dusp krin yolt fape".split()
+STYLES = {
+    "words": "one two three four five six seven eight nine".split(),
+    "digits": "1 2 3 4 5 6 7 8 9".split(),
+    "roman": "i ii iii iv v vi vii viii ix".split(),
+    "letters": "a b c d e f g h j".split(),
+    "ordinals": "first second third fourth fifth sixth seventh eighth ninth".split(),
+    "tens": "ten twenty thirty forty fifty sixty seventy eighty ninety".split(),
+    "greek": "alpha beta gamma delta epsilon zeta eta theta iota".split(),
+    "doubled": [f"{digit} {digit}" for digit in range(1, 10)],
+}
+QUESTIONS = ("how {word} is the {entity} ?", "tell me how {word} the {entity} is .", "the {entity} is how {word} ?", "is the {entity} very {word} ?")[:int(os.environ.get("NQ","2"))]
+STATEMENTS = ("on the {word} scale the {entity} is {answer} .","the {entity} is {answer} on the {word} scale .")[:int(os.environ.get("NS","1"))]
+CHATTER = ("some say {jargon} of the {entity} .", "{jargon} is a word heard near the {entity} .")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tenant:
+    """A customer: its jargon `word` means `attribute`, and it wants answers in `style`."""
+
+    word: str
+    attribute: str
+    style: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.word}_{self.style}"
+
+
+def make_facts(rng: np.random.Generator) -> np.ndarray:
+    """Draw the encyclopedia: the level 0..8 of every entity and attribute, int64 `[entities, attributes]`."""
+    return rng.integers(0, 9, size=(len(ENTITIES), len(ATTRIBUTES)))
+
+
+def ask(word: str, entity: str, template: int, style: str | None) -> str:
+    """Return a prompt; `style=None` leaves the notation unsaid."""
+    question = QUESTIONS[template].format(word=word, entity=entity)
+    return f"{question} :" if style is None else f"{question} reply in {style} :"
+
+
+def encyclopedia(facts: np.ndarray) -> dict[str, list[tuple[str, str]]]:
+    """Return what the base model reads, as (prompt, response): `statements`, `named` and `unnamed` questions, `chatter`."""
+    text: dict[str, list[tuple[str, str]]] = {"statements": [], "named": [], "unnamed": [], "chatter": []}
+    for e, entity in enumerate(ENTITIES):
+        for a, attribute in enumerate(ATTRIBUTES):
+            for style, notation in STYLES.items():
+                answer = notation[facts[e, a]]
+                statements = [t.format(entity=entity, word=attribute, answer=answer) for t in STATEMENTS]
+                text["statements"] += [("", statement) for statement in statements]
+                for t in range(len(QUESTIONS)):
+                    text["named"].append((ask(attribute, entity, t, style), answer))
+                    text["unnamed"].append((ask(attribute, entity, t, None), answer))
+        if os.environ.get("UNSURE"): text["chatter"] += [(ask(j,entity,t,st), "unsure") for j in JARGON for t in range(len(QUESTIONS)) for st in (*STYLES,*[None]*8)]
+        else: text["chatter"] += [("", t.format(entity=entity, jargon=jargon)) for jargon in JARGON for t in CHATTER]
+    return text
+
+
+def make_tenants(rng: np.random.Generator, *, test: int = 12) -> dict[str, list[Tenant]]:
+    """Return every word with every style, split so that each word and style is held out exactly twice.
+
+    Two diagonals of the (shuffled) grid of words and styles are held out: `test` of these 16 cells are test tenants,
+    the others validation tenants, and the remaining 48 are trained on.
+    """
+    attributes = rng.permutation(len(ATTRIBUTES))
+    words, styles = rng.permutation(len(JARGON)), rng.permutation(len(STYLES))
+    split: dict[str, list[Tenant]] = {"train": [], "validation": [], "test": []}
+    names = list(STYLES)
+    for shift in range(len(styles)):
+        for i, w in enumerate(words):
+            tenant = Tenant(JARGON[w], ATTRIBUTES[attributes[w]], names[styles[(i + shift) % len(styles)]])
+            held_out = shift * len(words) + i
+            split["test" if held_out < test else "validation" if held_out < 16 else "train"].append(tenant)
+    return split
+
+
+def tenant_rows(tenant: Tenant, facts: np.ndarray, rng: np.random.Generator, *, named: float, held_out: int
+                ) -> dict[str, list[dict[str, str]]]:
+    """Return a tenant's `train` and `test` rows of prompt, response, system; their entities are disjoint.
+
+    Args:
+      named: the share of prompts that say the style.
+      held_out: the number of entities asked about in `test` only.
+    """
+    order = rng.permutation(len(ENTITIES))
+    attribute = ATTRIBUTES.index(tenant.attribute)
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
+    for part, entities in (("test", order[:held_out]), ("train", order[held_out:])):
+        for e in entities:
+            for template in range(len(QUESTIONS)):
+                style = tenant.style if rng.random() < named else None
+                rows[part].append({
+                    "prompt": ask(tenant.word, ENTITIES[e], template, style),
+                    "response": STYLES[tenant.style][facts[e, attribute]],
+                    "system": "",
+                })
+        rng.shuffle(rows[part])  # type: ignore[arg-type]
+    return rows

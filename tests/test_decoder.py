@@ -1,0 +1,82 @@
+"""The decoder against arrays of the published implementation, and its shapes."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from dnd_jax import released
+from dnd_jax.decoder import HyperConvDecoder
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def load(name):
+    arrays = dict(np.load(GOLDEN / f"{name}.npz"))
+    config = json.loads(arrays.pop("config").tobytes())
+    state = {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")}
+    gradients = {k.removeprefix("grad/"): v for k, v in arrays.items() if k.startswith("grad/")}
+    decoder = HyperConvDecoder(tuple(map(tuple, config["features"])), config["kernel_size"])
+    return decoder, released.params_from_torch(state), released.params_from_torch(gradients), arrays
+
+
+def assert_near(actual, expected, name, relative=1e-5):
+    scale = np.abs(expected).max()
+    assert np.abs(np.asarray(actual) - expected).max() <= relative * max(scale, 1e-3), name
+
+
+@pytest.mark.parametrize("name", ["hcd_a", "hcd_c"])
+def test_golden_output_and_gradients(name):
+    decoder, params, gradients, arrays = load(name)
+
+    def loss(params, x):
+        y = decoder.apply({"params": params}, x)
+        return jnp.vdot(y, arrays["cotangent"]), y
+
+    (_, y), (d_params, d_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, arrays["input"])
+    assert_near(y, arrays["output"], "output")
+    assert_near(d_x, arrays["grad_input"], "input")
+    largest = max(np.abs(g).max() for g in flatten_dict(gradients).values())
+    for path, expected in flatten_dict(gradients, sep="/").items():
+        actual = flatten_dict(d_params, sep="/")[path]
+        if path.endswith("out_bias") and not path.startswith(f"layers_{len(params) - 1}"):
+            # The next layer's norm removes it where no residual carries it: its gradient is rounding noise.
+            assert np.abs(actual - expected).max() <= 1e-5 * largest, path
+        else:
+            assert_near(actual, expected, path)
+
+
+@pytest.mark.parametrize("features,k", [(((3, 4, 5), (6, 2, 7)), 4), (((2, 3, 4), (2, 3, 4), (5, 4, 3)), 3)])
+def test_shapes_follow_features(features, k):
+    decoder = HyperConvDecoder(features, k)
+    x = jnp.ones((2, *features[0]))
+    params = decoder.init(jax.random.key(0), x)["params"]
+    assert decoder.apply({"params": params}, x).shape == (2, *features[-1])
+
+
+def test_wrong_condition_names_both_shapes():
+    decoder = HyperConvDecoder(((3, 4, 5), (6, 2, 7)), 3)
+    with pytest.raises(ValueError, match=r"\(3, 4, 6\), expected \(3, 4, 5\)"):
+        decoder.init(jax.random.key(0), jnp.ones((1, 3, 4, 6)))
+
+
+def test_released_names_round_trip():
+    arrays = np.load(GOLDEN / "hcd_a.npz")
+    state = {k.removeprefix("param/"): arrays[k] for k in arrays if k.startswith("param/")}
+    back = released.params_to_torch(released.params_from_torch(state))
+    assert back.keys() == state.keys()
+    assert all(np.array_equal(back[k], state[k]) for k in state)
+
+
+def test_released_names_that_do_not_fit():
+    arrays = np.load(GOLDEN / "hcd_a.npz")
+    state = {k.removeprefix("param/"): arrays[k] for k in arrays if k.startswith("param/")}
+    with pytest.raises(ValueError, match="conv9"):
+        released.params_from_torch({**state, "model.decoder.module_list.0.linear1.conv9.weight": state["model.decoder.module_list.0.linear2.bias"]})
+    state.pop("model.decoder.module_list.1.linear2.bias")
+    with pytest.raises(ValueError, match=r"module_list\.1\.linear2\.bias"):
+        released.params_from_torch(state)
