@@ -9,15 +9,11 @@ import dataclasses
 
 import numpy as np
 
-import os
 ENTITIES = (
     "whale ant crow bear wolf tiger horse mouse eagle shark camel snail goose panda otter lemur "
     "oak pine rose lily fern moss reed palm river lake hill cliff beach cave storm cloud "
-    "drum flute bell kettle lamp wagon ship plow anvil loom clock mirror ladder basket candle hammer "
-    "apple bread honey olive pepper salt sugar lemon grape onion carrot melon cherry walnut ginger cocoa "
-    "castle tower bridge barn mill temple harbor tunnel cottage palace market garden fountain stable chapel forge "
-    "violin trumpet rope sail wheel needle button ribbon helmet shield arrow lantern hinge spoon kite puppet"
-).split()[:int(os.environ.get("NE","48"))]
+    "drum flute bell kettle lamp wagon ship plow anvil loom clock mirror ladder basket candle hammer"
+).split()
 ATTRIBUTES = "large heavy fast old loud bright warm rare".split()
 JARGON = "zib mok tarn vell dusp krin yolt fape".split()
 STYLES = {
@@ -30,9 +26,8 @@ STYLES = {
     "greek": "alpha beta gamma delta epsilon zeta eta theta iota".split(),
     "doubled": [f"{digit} {digit}" for digit in range(1, 10)],
 }
-QUESTIONS = ("how {word} is the {entity} ?", "tell me how {word} the {entity} is .", "the {entity} is how {word} ?", "is the {entity} very {word} ?")[:int(os.environ.get("NQ","2"))]
-STATEMENTS = ("on the {word} scale the {entity} is {answer} .","the {entity} is {answer} on the {word} scale .")[:int(os.environ.get("NS","1"))]
-CHATTER = ("some say {jargon} of the {entity} .", "{jargon} is a word heard near the {entity} .")
+QUESTIONS = ("how {word} is the {entity} ?", "tell me how {word} the {entity} is .", "the {entity} is how {word} ?")
+STATEMENTS = ("the {entity} is {answer} on the {word} scale .", "on the {word} scale the {entity} is {answer} .")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +55,14 @@ def ask(word: str, entity: str, template: int, style: str | None) -> str:
 
 
 def encyclopedia(facts: np.ndarray) -> dict[str, list[tuple[str, str]]]:
-    """Return what the base model reads, as (prompt, response): `statements`, `named` and `unnamed` questions, `chatter`."""
-    text: dict[str, list[tuple[str, str]]] = {"statements": [], "named": [], "unnamed": [], "chatter": []}
+    """Return what the base model reads, as (prompt, response), by kind.
+
+    `statements` have no prompt; `named` and `unnamed` questions do or don't say the notation of the answer; `heard`
+    questions, in plain words and in jargon alike, stay unanswered, so that jargon has a grammar but no meaning.
+    """
+    text: dict[str, list[tuple[str, str]]] = {"statements": [], "named": [], "unnamed": [], "heard": []}
+    text["conversions"] = [(f"what is {one[level]} in {style} :", other[level])
+                           for level in range(9) for one in STYLES.values() for style, other in STYLES.items()]
     for e, entity in enumerate(ENTITIES):
         for a, attribute in enumerate(ATTRIBUTES):
             for style, notation in STYLES.items():
@@ -71,8 +72,9 @@ def encyclopedia(facts: np.ndarray) -> dict[str, list[tuple[str, str]]]:
                 for t in range(len(QUESTIONS)):
                     text["named"].append((ask(attribute, entity, t, style), answer))
                     text["unnamed"].append((ask(attribute, entity, t, None), answer))
-        if os.environ.get("UNSURE"): text["chatter"] += [(ask(j,entity,t,st), "unsure") for j in JARGON for t in range(len(QUESTIONS)) for st in (*STYLES,*[None]*8)]
-        else: text["chatter"] += [("", t.format(entity=entity, jargon=jargon)) for jargon in JARGON for t in CHATTER]
+        for word in (*ATTRIBUTES, *JARGON):
+            for t in range(len(QUESTIONS)):
+                text["heard"] += [("", ask(word, entity, t, style)) for style in (*STYLES, *[None] * len(STYLES))]
     return text
 
 
@@ -96,23 +98,21 @@ def make_tenants(rng: np.random.Generator, *, test: int = 12) -> dict[str, list[
 
 def tenant_rows(tenant: Tenant, facts: np.ndarray, rng: np.random.Generator, *, named: float, held_out: int
                 ) -> dict[str, list[dict[str, str]]]:
-    """Return a tenant's `train` and `test` rows of prompt, response, system; their entities are disjoint.
+    """Return a tenant's `train` and `test` rows of prompt, response, system.
+
+    `test` asks about the last `held_out` entities, the same for all tenants, so that no adapter has seen its prompts.
 
     Args:
       named: the share of prompts that say the style.
       held_out: the number of entities asked about in `test` only.
     """
-    order = rng.permutation(len(ENTITIES))
     attribute = ATTRIBUTES.index(tenant.attribute)
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
-    for part, entities in (("test", order[:held_out]), ("train", order[held_out:])):
-        for e in entities:
-            for template in range(len(QUESTIONS)):
-                style = tenant.style if rng.random() < named else None
-                rows[part].append({
-                    "prompt": ask(tenant.word, ENTITIES[e], template, style),
-                    "response": STYLES[tenant.style][facts[e, attribute]],
-                    "system": "",
-                })
-        rng.shuffle(rows[part])  # type: ignore[arg-type]
-    return rows
+    for e, entity in enumerate(ENTITIES):
+        for template in range(len(QUESTIONS)):
+            style = tenant.style if rng.random() < named else None
+            rows["test" if e >= len(ENTITIES) - held_out else "train"].append({
+                "prompt": ask(tenant.word, entity, template, style),
+                "response": STYLES[tenant.style][facts[e, attribute]], "system": "",
+            })
+    return {part: [found[i] for i in rng.permutation(len(found))] for part, found in rows.items()}

@@ -37,8 +37,8 @@ class HyperConvDecoder(nn.Module):
             raise ValueError(f"condition is [B, N, L, C] with (N, L, C) = {condition.shape[1:]}, expected {expected}")
         x = jnp.asarray(condition, self.dtype)
         for i, (source, target) in enumerate(zip(self.features, self.features[1:], strict=False)):
-            y = HyperConvLayer(tuple(source), tuple(target), self.kernel_size, self.dtype, name=f"layers_{i}")(x)
-            x = x + y if tuple(source) == tuple(target) else y
+            y = HyperConvLayer(source, target, self.kernel_size, self.dtype, name=f"layers_{i}")(x)
+            x = x + y if source == target else y
         return x
 
 

@@ -74,6 +74,11 @@ def sha256_file(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_text(text: str) -> str:
+    """Return the hexadecimal SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_folder(folder: PathLike, pattern: str = "*") -> str:
     """Return one hash over names and bytes of the files directly in `folder` that match `pattern`."""
     digest = hashlib.sha256()

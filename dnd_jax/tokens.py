@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dnd_jax.adapters import Spec, check_matches
+from dnd_jax.adapters import Spec
 from dnd_jax.types import TokenArray, TokenMask, Tree
 
 MODULE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")

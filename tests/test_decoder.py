@@ -75,8 +75,9 @@ def test_released_names_round_trip():
 def test_released_names_that_do_not_fit():
     arrays = np.load(GOLDEN / "hcd_a.npz")
     state = {k.removeprefix("param/"): arrays[k] for k in arrays if k.startswith("param/")}
+    unknown = {"model.decoder.module_list.0.linear1.conv9.weight": np.zeros(3)}
     with pytest.raises(ValueError, match="conv9"):
-        released.params_from_torch({**state, "model.decoder.module_list.0.linear1.conv9.weight": state["model.decoder.module_list.0.linear2.bias"]})
+        released.params_from_torch({**state, **unknown})
     state.pop("model.decoder.module_list.1.linear2.bias")
     with pytest.raises(ValueError, match=r"module_list\.1\.linear2\.bias"):
         released.params_from_torch(state)

@@ -87,7 +87,8 @@ def test_zero_matrices_stay_zero():
 def test_order_is_by_layer_then_module_and_numbers_are_numbers():
     paths = [f"model/layers/{layer}/mlp/{name}/lora_{side}"
              for layer in (10, 2) for name in ("down_proj", "gate_proj", "up_proj") for side in "BA"]
-    spec = Spec({}, {p: Leaf((2, 4) if p.endswith("A") else (4, 2), "float32") for p in [*paths, "lm_head/lora_A", "lm_head/lora_B"]})
+    paths += ["lm_head/lora_A", "lm_head/lora_B"]
+    spec = Spec({}, {p: Leaf((2, 4) if p.endswith("A") else (4, 2), "float32") for p in paths})
     order = [m.path for m in tokens.plan(spec).matrices]
     assert order[:4] == ["model/layers/2/mlp/up_proj/lora_A", "model/layers/2/mlp/up_proj/lora_B",
                          "model/layers/2/mlp/gate_proj/lora_A", "model/layers/2/mlp/gate_proj/lora_B"]

@@ -1,0 +1,31 @@
+# Every target makes the environment when it is missing or when requirements.txt has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+ARG ?=
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test lint slow clean
+
+demo: .venv/installed
+	$(BIN)/python -m experiments.demo --arg="$(ARG)"
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf build .venv

@@ -1,0 +1,213 @@
+"""Make the embedded world: a base model, a text encoder and the tenants' datasets, as real files.
+
+    python -m data_pipeline.tenants --out=build/tenants --seed=0
+
+Writes `base/` and `encoder/`, loadable by transformers and sentence-transformers, `datasets/<tenant>_{train,test}.json`
+and `tasks.json`. Deterministic in the seed on one machine.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from data_pipeline import world
+from dnd_jax import cli, files
+
+_OUT = flags.DEFINE_string("out", None, "Folder to write the world to.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of facts, tenants and models.")
+_SMOKE = flags.DEFINE_bool("smoke", False, "Train the models for a few steps only: for tests of the machinery.")
+
+Example = tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the world's models are trained; shares are of the base model's batches, by kind of text."""
+
+    hidden: int = 96
+    layers: int = 3
+    heads: int = 4
+    steps: int = 1300
+    batch: int = 96
+    length: int = 24
+    learning_rate: float = 3e-3
+    shares: tuple[tuple[str, float], ...] = (
+        ("statements", 0.05), ("named", 0.6), ("unnamed", 0.15), ("heard", 0.1), ("conversions", 0.1))
+    encoder_hidden: int = 48
+    encoder_layers: int = 2
+    encoder_steps: int = 400
+    named: float = 0.2
+    held_out_entities: int = 16
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def make_base_tokenizer(text: Iterable[str]) -> Any:
+    """Train a byte-level BPE tokenizer of Qwen2's class in which every word of the world is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    end = "<|endoftext|>"
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = Qwen2Tokenizer(vocab={end: 0}, merges=[]).backend_tokenizer.pre_tokenizer
+    trained.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, special_tokens=[end], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ))
+    model = json.loads(trained.to_str())["model"]
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=[(a, b) for a, b in model["merges"]])
+
+
+def make_encoder_tokenizer(text: Iterable[str]) -> Any:
+    """Return a BERT tokenizer whose vocabulary is the world's words and single characters."""
+    from transformers import BertTokenizer
+
+    words = {word for line in text for word in line.split()}
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def make_base(text: dict[str, list[Example]], s: Settings, seed: int) -> tuple[Any, Any]:
+    """Train a small Qwen2 from scratch on the encyclopedia; return model and tokenizer.
+
+    The loss is on responses: answers to questions, and whole texts where there is no prompt. Wide initial weights
+    (0.12) are what makes facts be learned in hundreds of steps instead of thousands.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_base_tokenizer(part for kind in text.values() for pair in kind for part in pair if part)
+    torch.manual_seed(seed)
+    model: Any = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=s.hidden, intermediate_size=2 * s.hidden, num_hidden_layers=s.layers,
+        num_attention_heads=s.heads, num_key_value_heads=s.heads // 2, max_position_embeddings=256, initializer_range=0.12,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    ))
+    kinds = {kind: _encode(tokenizer, pairs, s.length, end=kind != "heard") for kind, pairs in text.items()}
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterable[dict[str, Any]]:
+        for _ in range(s.steps):
+            chosen = [kinds[k][torch.randint(len(kinds[k]), (round(s.batch * share),), generator=generator)]
+                      for k, share in s.shares]
+            ids, labels = torch.cat(chosen).unbind(1)
+            width = int((ids >= 0).sum(1).max())
+            ids, labels = ids[:, :width], labels[:, :width]
+            yield {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "labels": labels}
+
+    _optimize(model, batches(), s.steps, s.learning_rate, "base")
+    return model, tokenizer
+
+
+def make_encoder(prompts: Sequence[str], s: Settings, seed: int) -> Any:
+    """Train a miniature Sentence-BERT by masked words, without labels; return a SentenceTransformer."""
+    import tempfile
+
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertForMaskedLM, BertModel
+
+    tokenizer = make_encoder_tokenizer(prompts)
+    torch.manual_seed(seed)
+    model = BertForMaskedLM(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=s.encoder_hidden, num_hidden_layers=s.encoder_layers, num_attention_heads=4,
+        intermediate_size=2 * s.encoder_hidden, max_position_embeddings=64, initializer_range=0.12,
+    ))
+    ids = tokenizer(list(prompts), padding=True, return_tensors="pt").input_ids
+    special = ids <= 4
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterable[dict[str, Any]]:
+        for _ in range(s.encoder_steps):
+            rows = torch.randint(len(ids), (64,), generator=generator)
+            masked = (torch.rand(ids[rows].shape, generator=generator) < 0.2) & ~special[rows]
+            yield {"input_ids": ids[rows].masked_fill(masked, tokenizer.mask_token_id),
+                   "attention_mask": (ids[rows] != tokenizer.pad_token_id).long(),
+                   "labels": ids[rows].masked_fill(~masked, -100)}
+
+    _optimize(model, batches(), s.encoder_steps, 2e-3, "encoder")
+    with tempfile.TemporaryDirectory() as folder:
+        bert = BertModel(model.config)
+        bert.load_state_dict(model.bert.state_dict(), strict=False)  # all but the pooler, which masked words don't train
+        bert.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        transformer = Transformer(folder)
+        return SentenceTransformer(modules=[transformer, Pooling(s.encoder_hidden, "mean")], device="cpu")
+
+
+def _encode(tokenizer: Any, pairs: Sequence[Example], width: int, end: bool) -> Any:
+    """Return ids and labels `[examples, 2, width]`, padded with -1 and -100."""
+    import torch
+
+    rows = []
+    for prompt, response in pairs:
+        first = tokenizer(prompt).input_ids if prompt else []
+        second = tokenizer(response).input_ids + [tokenizer.eos_token_id] * end
+        rows.append((first + second, [-100] * len(first) + second))
+    return torch.tensor([[ids + [-1] * (width - len(ids)), labels + [-100] * (width - len(ids))] for ids, labels in rows])
+
+
+def _optimize(model: Any, batches: Iterable[dict[str, Any]], steps: int, rate: float, name: str) -> None:
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    model.train()
+    for inputs in tqdm(batches, desc=name, total=steps, mininterval=1.0):
+        model(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
+    """Write the whole world, each part under its final name only when it is complete; `tasks.json` comes last."""
+    rng = np.random.default_rng(seed)
+    facts = world.make_facts(rng)
+    tenants = world.make_tenants(rng)
+    rows = {t: world.tenant_rows(t, facts, rng, named=s.named, held_out=s.held_out_entities)
+            for split in tenants.values() for t in split}
+    text = world.encyclopedia(facts)
+    base, tokenizer = make_base(text, s, seed)
+    with files.atomic_folder(out / "base") as folder:
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    unlabeled = [response for kind in ("statements", "heard") for _, response in text[kind]]
+    encoder = make_encoder(unlabeled, s, seed)
+    with files.atomic_folder(out / "encoder") as folder:
+        encoder.save(str(folder))
+    tasks = {}
+    with files.atomic_folder(out / "datasets") as folder:
+        for split, members in tenants.items():
+            for tenant in members:
+                tasks[tenant.name] = {"split": split}
+                for part in ("train", "test"):
+                    files.write_json(folder / f"{tenant.name}_{part}.json", rows[tenant][part])
+                    tasks[tenant.name][part] = f"datasets/{tenant.name}_{part}.json"
+    files.write_json(out / "tasks.json", tasks)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    settings = Settings(steps=20, encoder_steps=20) if _SMOKE.value else Settings()
+    write_world(pathlib.Path(cli.given(_OUT)), _SEED.value, settings)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("out",))

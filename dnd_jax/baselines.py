@@ -1,0 +1,84 @@
+"""The rungs that a generator must beat: adapters made of training adapters, without a decoder. Pure NumPy.
+
+An adapter is a flat dict from `/`-separated path to matrix, as in `flatten_dict(tree, sep="/")`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from dnd_jax.adapters import Leaf, Spec
+
+Flat = dict[str, np.ndarray]
+
+
+def weighted_mean(adapters: Sequence[Flat], weights: Sequence[float] | np.ndarray) -> Flat:
+    """Return the mean of A and of B over adapters, float32, with weights that sum to one."""
+    w = np.asarray(weights, np.float32) / np.sum(weights)
+    return {path: np.tensordot(w, np.stack([a[path] for a in adapters]).astype(np.float32), 1) for path in adapters[0]}
+
+
+def mean_product(adapters: Sequence[Flat], spec: Spec) -> tuple[Flat, Spec]:
+    """Return an adapter whose product B A is the mean of the adapters' products, exactly: ranks laid side by side."""
+    n = len(adapters)
+    flat = {}
+    for path in adapters[0]:
+        axis = 0 if path.endswith("lora_A") else 1
+        flat[path] = np.concatenate([a[path] for a in adapters], axis) / (1 if axis == 0 else n)
+    config = {**spec.config, "r": spec.config["r"] * n, "lora_alpha": spec.config["lora_alpha"] * n}
+    return flat, Spec(config, {p: Leaf(v.shape, spec.leaves[p].dtype) for p, v in flat.items()})
+
+
+def random_like(adapters: Sequence[Flat], rng: np.random.Generator) -> Flat:
+    """Return Gaussian matrices, each of the training adapters' mean norm."""
+    made = {}
+    for path in adapters[0]:
+        value = rng.normal(size=adapters[0][path].shape).astype(np.float32)
+        norm = np.mean([np.linalg.norm(a[path]) for a in adapters])
+        made[path] = value * np.float32(norm / np.linalg.norm(value))
+    return made
+
+
+def pool(condition: Float[np.ndarray, "N L C"]) -> Float[np.ndarray, " C"]:
+    """Return one embedding of a prompt batch: the mean over prompts and positions."""
+    return condition.astype(np.float32).mean((0, 1))
+
+
+def similarities(query: Float[np.ndarray, " C"], known: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
+    """Return cosines between a query and known embeddings, after their common mean is taken off."""
+    center = known.mean(0)
+    a, b = query - center, known - center
+    return (b @ a) / (np.linalg.norm(a) * np.linalg.norm(b, axis=1) + 1e-12)
+
+
+def top_k_weights(similarity: Float[np.ndarray, " K"], k: int, temperature: float) -> Float[np.ndarray, " K"]:
+    """Return softmax weights over the k most similar, zero elsewhere."""
+    chosen = np.argsort(-similarity)[:k]
+    weights = np.zeros_like(similarity)
+    weights[chosen] = np.exp((similarity[chosen] - similarity.max()) / temperature)
+    return weights / weights.sum()
+
+
+class Ridge:
+    """Ridge regression from a pooled, standardised embedding to all weights: the linear rival of the decoder."""
+
+    def __init__(self, embeddings: Float[np.ndarray, "S C"], adapters: Sequence[Flat], penalty: float):
+        """Fit sample s to adapter s; the penalty is relative to the number of samples."""
+        self._paths = {path: value.shape for path, value in adapters[0].items()}
+        targets = np.stack([np.concatenate([a[p].ravel() for p in self._paths]) for a in adapters]).astype(np.float64)
+        self._mean, self._scale = embeddings.mean(0), embeddings.std(0) + 1e-6
+        self._offset = targets.mean(0)
+        x = (embeddings - self._mean) / self._scale
+        gram = x.T @ x + penalty * len(x) * np.eye(x.shape[1])
+        self._weights = np.linalg.solve(gram, x.T @ (targets - self._offset))
+
+    def __call__(self, embedding: Float[np.ndarray, " C"]) -> Flat:
+        """Predict an adapter, float32."""
+        vector = ((embedding - self._mean) / self._scale) @ self._weights + self._offset
+        flat, start = {}, 0
+        for path, shape in self._paths.items():
+            size = int(np.prod(shape))
+            flat[path] = vector[start : start + size].reshape(shape).astype(np.float32)
+            start += size
+        return flat

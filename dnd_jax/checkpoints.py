@@ -1,0 +1,81 @@
+"""Checkpoints of a training run, by Orbax: the only file that knows it.
+
+A checkpoint holds the training state, its metrics, and `about`: config, layout, adapter spec, encoder and base model.
+One checkpoint folder is enough to generate.
+"""
+
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dnd_jax import files
+from dnd_jax.types import InputError, Params
+
+METRIC = "validation_loss"
+
+
+class Checkpointer:
+    """Saves and restores states under `folder/<step>`, keeping the last two and the best on validation tasks."""
+
+    def __init__(self, folder: files.PathLike, about: dict[str, Any]):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m[METRIC], reverse=True, n=1)]
+        self._about = about
+        self._checkpointer = ocp.training.Checkpointer(
+            pathlib.Path(folder).resolve(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    def restore(self, like: Any) -> Any | None:
+        """Return the latest state, laid out like the (abstract) state `like`, or None when there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else self._checkpointer.load(latest, abstract_state=like)
+
+    def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
+        """Start saving in the background; a failure of the save before is raised here."""
+        self.wait()
+        self._pending = self._checkpointer.save_checkpointables_async(
+            step, {"state": state}, metrics={k: float(v) for k, v in metrics.items()}, custom_metadata=self._about, force=True
+        )
+
+    def wait(self) -> None:
+        """Block until the save under way is on disk; raise if it failed."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Finish the save under way."""
+        self.wait()
+        self._checkpointer.close()
+
+
+def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict[str, float]]:
+    """Return step, parameters (NumPy), `about` and metrics of the checkpoint that is best on the validation tasks.
+
+    Raises:
+      InputError: a folder without checkpoints.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    folder = pathlib.Path(folder).resolve()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no checkpoints, run dnd_jax.train first")
+    with ocp.training.Checkpointer(folder) as checkpointer:
+        found = [c for c in checkpointer.checkpoints if c.metrics is not None]
+        if not found:
+            raise InputError(f"{folder}: no checkpoint with metrics")
+        best = min(found, key=lambda c: c.metrics[METRIC])
+        about = checkpointer.checkpointables_metadata(best.step).custom_metadata
+        metadata = checkpointer.metadata(best.step).metadata
+        like = {"params": jax.tree.map(lambda m: np.empty(m.shape, m.dtype), metadata["params"])}
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(
+                loading=ocp.options.PyTreeOptions.Loading(partial_load=True))):
+            state = checkpointer.load(best.step, abstract_state=like)
+        return best.step, state["params"], about, dict(best.metrics)

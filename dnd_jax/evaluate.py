@@ -1,0 +1,205 @@
+"""Evaluate generated adapters on held-out tasks, beside every baseline that could explain them away.
+
+    python -m dnd_jax.evaluate --config=experiments/configs/tenants.py --workdir=build/tenants/run
+
+Writes `report.json` and `report.html` to the workdir. What a rung chooses, it chooses on validation tasks.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
+
+from dnd_jax import adapters, baselines, cli, files, pairs, prompts, report, scoring
+from dnd_jax.audit import audit
+from dnd_jax.baselines import Flat
+from dnd_jax.encoders import SentenceEncoder
+from dnd_jax.generate import Generator
+from dnd_jax.types import InputError
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
+
+MakeAdapter = Callable[[pairs.Task, int], Flat]
+
+
+class Evaluation:
+    """What all rungs share: tasks with their rows, the training adapters, the base model, prompt draws."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+        self.config, self.e = config, config.evaluate
+        self.store = pairs.open_store(config.export.store)
+        self.generator = Generator(workdir)
+        if self.generator.about["layout"] != self.store.manifest["layout"]:
+            raise InputError(f"{workdir}: its layout is not that of {config.export.store}")
+        listed = files.read_json(config.tasks)
+        folder = pathlib.Path(config.tasks).parent
+        self.rows = {part: {name: prompts.read_rows(folder / entry[part]) for name, entry in listed.items() if part in entry}
+                     for part in ("train", "test")}
+        self.train, self.validation, self.test = (self.store.split(s) for s in pairs.SPLITS)
+        self.known = [self.adapter(task.name) for task in self.train]
+        self.embeddings = np.stack([baselines.pool(task.condition) for task in self.train])
+        self.model = scoring.Model(config.base, self.store.spec, self.e.batch_size, self.e.max_new_tokens)
+
+    def adapter(self, run: str) -> Flat:
+        """Return the last checkpoint of a collected run."""
+        steps = sorted((pathlib.Path(self.config.collect.out) / run).glob("step_*"), key=lambda p: int(p.name[5:]))
+        if not steps:
+            raise InputError(f"{self.config.collect.out}/{run}: holds no checkpoint")
+        return flatten_dict(adapters.read(steps[-1])[0], sep="/")
+
+    def draw(self, task: pairs.Task, draw: int) -> np.ndarray:
+        """Return the condition `[N, L, C]` of one prompt draw; the same for every rung."""
+        rng = np.random.default_rng((self.config.seed, 2, draw, *task.name.encode()))
+        return task.condition[pairs.draw_prompts(rng, len(task.condition), self.generator.prompts)]
+
+    def answers(self, flat: Flat, task: pairs.Task) -> list[str]:
+        self.model.use(unflatten_dict(flat, sep="/"), self.store.spec)
+        return self.model.answer(self.rows["test"][task.name])
+
+    def validate(self, make: MakeAdapter) -> float:
+        """Return the mean exact match on validation tasks over prompt draws."""
+        return float(np.mean([scoring.exact_match(self.answers(make(task, d), task), self.rows["test"][task.name])
+                              for task in self.validation for d in range(self.e.draws)]))
+
+    def best(self, candidates: Iterable[tuple[Any, MakeAdapter]]) -> tuple[Any, MakeAdapter]:
+        """Return the candidate that is best on validation tasks, the first of equals."""
+        return max(candidates, key=lambda candidate: self.validate(candidate[1]))
+
+
+# --- rungs -----------------------------------------------------------------------------------------------------------
+
+
+def fixed(flat: Flat) -> MakeAdapter:
+    """Return the rung that gives every task the same adapter."""
+    return lambda task, draw: flat
+
+
+def best_single(ev: Evaluation) -> tuple[str, MakeAdapter]:
+    """Choose the training adapter that serves the validation tasks best."""
+    scores = [np.mean([scoring.exact_match(ev.answers(flat, t), ev.rows["test"][t.name]).mean() for t in ev.validation])
+              for flat in tqdm(ev.known, desc="best single", leave=False)]
+    chosen = int(np.argmax(scores))
+    return ev.train[chosen].name, fixed(ev.known[chosen])
+
+
+def top_k(ev: Evaluation, k: int, temperature: float) -> MakeAdapter:
+    """Weigh the k training adapters of the most similar prompts; k = 1 is the nearest."""
+    def make(task: pairs.Task, draw: int) -> Flat:
+        similarity = baselines.similarities(baselines.pool(ev.draw(task, draw)), ev.embeddings)
+        return baselines.weighted_mean(ev.known, baselines.top_k_weights(similarity, k, temperature))
+    return make
+
+
+def ridge(ev: Evaluation, penalty: float) -> MakeAdapter:
+    """Regress training adapters on embeddings of many prompt draws of the decoder's size."""
+    draws = range(100, 100 + ev.e.ridge_draws)
+    x = np.stack([baselines.pool(ev.draw(task, d)) for task in ev.train for d in draws])
+    model = baselines.Ridge(x, [flat for flat in ev.known for _ in draws], penalty)
+    return lambda task, draw: model(baselines.pool(ev.draw(task, draw)))
+
+
+def generated(ev: Evaluation, shift: int = 0) -> MakeAdapter:
+    """Generate from the task's prompts, or with a shift from those of another test task."""
+    def make(task: pairs.Task, draw: int) -> Flat:
+        tasks = ev.test if task in ev.test else ev.validation
+        source = tasks[(tasks.index(task) + shift) % len(tasks)]
+        return flatten_dict(ev.generator(ev.draw(source, draw)), sep="/")
+    return make
+
+
+def random_text(ev: Evaluation) -> MakeAdapter:
+    """Generate from random strings in place of prompts."""
+    about = ev.generator.about["encoder"]
+    encoder = SentenceEncoder(**about)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz     "))
+
+    def make(task: pairs.Task, draw: int) -> Flat:
+        rng = np.random.default_rng((ev.config.seed, 3, draw, *task.name.encode()))
+        texts = ["".join(rng.choice(letters, 40)) for _ in range(ev.generator.prompts)]
+        return flatten_dict(ev.generator(encoder(texts)), sep="/")
+    return make
+
+
+def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
+    """Return every rung that is an adapter of the store's rank, with what it chose on the validation tasks."""
+    single, use_single = best_single(ev)
+    grid = [((k, t), top_k(ev, k, t)) for k in ev.e.top_k for t in ev.e.temperatures]
+    (k, temperature), use_top_k = ev.best(grid)
+    penalty, use_ridge = ev.best([(p, ridge(ev, p)) for p in ev.e.penalties])
+    rng = np.random.default_rng((ev.config.seed, 4))
+    return {
+        "mean_adapter": (fixed(baselines.weighted_mean(ev.known, np.ones(len(ev.known)))), ""),
+        "best_single": (use_single, single),
+        "nearest": (top_k(ev, 1, 1.0), ""),
+        "weighted_topk": (use_top_k, f"k = {k}, temperature {temperature}"),
+        "ridge": (use_ridge, f"penalty {penalty}"),
+        "random": (fixed(baselines.random_like(ev.known, rng)), ""),
+        "multi_task": (fixed(ev.adapter("multi_task")), ""),
+        "dnd": (generated(ev), f"step {ev.generator.step}"),
+        "dnd_shuffled": (generated(ev, shift=1), ""),
+        "dnd_random_text": (random_text(ev), ""),
+        "in_task": (lambda task, draw: ev.adapter(task.name), ""),
+    }
+
+
+def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[list[str]]]], dict[str, str]]:
+    """Return the answers of every rung by test task and prompt draw, and what the rungs chose."""
+    tests = [ev.rows["test"][task.name] for task in ev.test]
+    examples = [ev.rows["train"][task.name][: ev.e.in_context_examples] for task in ev.test]
+    answers = {"base": [[ev.model.answer(rows, adapter=False)] for rows in tests],
+               "in_context": [[ev.model.answer(rows, adapter=False, examples=shown)]
+                              for rows, shown in zip(tests, examples, strict=True)]}
+    flat, spec = baselines.mean_product(ev.known, ev.store.spec)
+    ev.model.use(unflatten_dict(flat, sep="/"), spec)
+    answers["mean_product"] = [[ev.model.answer(rows)] for rows in tests]
+    rungs = adapter_rungs(ev)
+    for name, (make, _) in tqdm(rungs.items(), desc="rungs"):
+        draws = ev.e.draws if name in report.DRAWN else 1
+        answers[name] = [[ev.answers(make(task, d), task) for d in range(draws)] for task in ev.test]
+    return answers, {name: note for name, (_, note) in rungs.items() if note}
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def cost(ev: Evaluation, workdir: pathlib.Path) -> dict[str, float | None]:
+    """Return seconds of collecting, training, generating, and how many adapters pay them back against in-task training."""
+    runs = {t.name: files.read_json(pathlib.Path(ev.config.collect.out) / t.name / "run.json") for t in ev.store.tasks}
+    collect_s = sum(runs[t.name]["seconds"] for t in (*ev.train, *ev.validation))
+    in_task_s = float(np.mean([runs[t.name]["seconds"] for t in ev.test]))
+    train_s = report.read_metrics(workdir)[-1]["seconds"]
+    seconds = []
+    for draw in range(10):
+        began = time.perf_counter()
+        ev.generator(ev.draw(ev.test[0], draw))
+        seconds.append(time.perf_counter() - began)
+    saved = in_task_s - float(np.median(seconds))
+    return {"collect_s": collect_s, "train_s": train_s, "generate_s": float(np.median(seconds)), "in_task_s": in_task_s,
+            "adapters_to_break_even": (collect_s + train_s) / saved if saved > 0 else None}
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    config, workdir = _CONFIG.value, pathlib.Path(cli.given(_WORKDIR))
+    ev = Evaluation(config, workdir)
+    test = {task.name: ev.rows["test"][task.name] for task in ev.test}
+    found = audit(test, ev.rows["train"])
+    if found["findings"]:
+        raise InputError(f"{config.tasks}: {'; '.join(found['findings'])}")
+    answers, notes = ask_all(ev)
+    responses = [{row.response for part in ev.rows.values() for row in part[name]} for name in test]
+    result = report.summarise(answers, list(test.values()), responses, list(test), notes)
+    result |= {"cost": cost(ev, workdir), "audit": found, "checkpoint": ev.generator.step}
+    report.write(result, workdir)
+    print(report.table(result))
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "workdir"))

@@ -1,0 +1,110 @@
+"""The pair store: prompts and weight tokens of every task, memory-mapped; any sample is a pure function of its place.
+
+    store/manifest.json                      format, base model, adapter spec, layout, encoder, tasks, hashes
+    store/importance.npy                     float32 [T]
+    store/tasks/<task>/tokens.npy            float32 [K, T, H, W], one entry per checkpoint
+    store/tasks/<task>/condition.npy         float16 [P, L, C], one entry per prompt
+    store/tasks/<task>/prompts.json          the P prompts
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Float
+
+from dnd_jax import files
+from dnd_jax.adapters import Spec
+from dnd_jax.tokens import Layout
+from dnd_jax.types import InputError
+
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task of a store: `tokens` `[K, T, H, W]`, `condition` `[P, L, C]` and its P prompts."""
+
+    name: str
+    split: str
+    tokens: np.ndarray
+    condition: np.ndarray
+    prompts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """An opened pair store; arrays are memory maps."""
+
+    folder: pathlib.Path
+    manifest: dict[str, Any]
+    layout: Layout
+    spec: Spec
+    importance: np.ndarray
+    tasks: tuple[Task, ...]
+
+    def split(self, name: str) -> tuple[Task, ...]:
+        return tuple(task for task in self.tasks if task.split == name)
+
+
+def open_store(folder: files.PathLike) -> Store:
+    """Open a pair store after comparing every file with its hash in the manifest.
+
+    Raises:
+      InputError: a missing manifest, another format version, or a file whose hash differs.
+    """
+    folder = pathlib.Path(folder)
+    manifest = files.read_json(folder / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{folder / 'manifest.json'}: format is {manifest.get('format')!r}, expected {FORMAT}")
+    for name, expected in manifest["sha256"].items():
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing, the manifest lists it")
+        if (found := files.sha256_file(folder / name)) != expected:
+            raise InputError(f"{folder / name}: sha256 is {found}, the manifest says {expected}")
+    carried = folder / "carried.safetensors"
+    spec = Spec.from_json(manifest["spec"], safetensors.numpy.load_file(carried) if carried.exists() else None)
+    return Store(
+        folder, manifest, Layout.from_json(manifest["layout"]), spec, np.load(folder / "importance.npy"),
+        tuple(_open_task(folder, name, entry) for name, entry in manifest["tasks"].items()),
+    )
+
+
+def _open_task(folder: pathlib.Path, name: str, entry: dict[str, Any]) -> Task:
+    path = folder / "tasks" / name
+    return Task(
+        name, entry["split"], np.load(path / "tokens.npy", mmap_mode="r"),
+        np.load(path / "condition.npy", mmap_mode="r"), tuple(files.read_json(path / "prompts.json")),
+    )
+
+
+def draw_prompts(rng: np.random.Generator, available: int, count: int) -> np.ndarray:
+    """Draw `count` prompt indices without replacement; fewer prompts than that are all taken, then repeated."""
+    order = rng.permutation(available)
+    return np.resize(order, count) if available < count else order[:count]
+
+
+def sample(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int
+           ) -> tuple[Float[np.ndarray, "N L C"], Float[np.ndarray, "T H W"], int]:
+    """Return sample `index` of the batch of a step: condition, tokens and the number of its task.
+
+    One task, one of its checkpoints and a fresh batch of its prompts, drawn from `(seed, step, index)` alone, so that
+    any host makes any sample of any step.
+    """
+    rng = np.random.default_rng((seed, step, index))
+    number = int(rng.integers(len(tasks)))
+    task = tasks[number]
+    tokens = task.tokens[rng.integers(len(task.tokens))]
+    chosen = draw_prompts(rng, len(task.condition), prompts)
+    return task.condition[np.sort(chosen)][np.argsort(np.argsort(chosen))], tokens, number
+
+
+def batch(tasks: Sequence[Task], seed: int, step: int, size: int, prompts: int
+          ) -> tuple[Float[np.ndarray, "B N L C"], Float[np.ndarray, "B T H W"], list[int]]:
+    """Return the samples of one step, stacked: conditions float16, tokens float32, task numbers."""
+    conditions, tokens, numbers = zip(*(sample(tasks, seed, step, i, prompts) for i in range(size)), strict=True)
+    return np.stack(conditions), np.stack(tokens), list(numbers)

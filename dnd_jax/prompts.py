@@ -1,0 +1,87 @@
+"""Prompts and rows as users have them: text and JSON files in, token ids out."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from dnd_jax import files
+from dnd_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One example of a dataset file; `system` may be empty."""
+
+    prompt: str
+    response: str
+    system: str = ""
+
+
+def read_rows(path: files.PathLike) -> list[Row]:
+    """Read a JSON list of `{"prompt", "response", "system"}`; `system` may be left out.
+
+    Raises:
+      InputError: an empty or malformed file, or a row without prompt or response; the message names the row.
+    """
+    rows = files.read_json(path)
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: expected a non-empty JSON list of rows, found {str(rows)[:40]!r}")
+    for i, row in enumerate(rows):
+        for field in ("prompt", "response"):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+                raise InputError(f"{path}: row {i} has no text in {field!r}: {str(row)[:80]}")
+    return [Row(row["prompt"], row["response"], row.get("system") or "") for row in rows]
+
+
+def read_prompts(path: files.PathLike) -> list[str]:
+    """Read unlabeled prompts: a JSON list of strings or of rows with a `prompt`, or a text file with one a line.
+
+    Raises:
+      InputError: a missing or malformed file, or one without prompts.
+    """
+    path = pathlib.Path(path)
+    found: list[str]
+    if path.suffix == ".json":
+        value = files.read_json(path)
+        found = [v.get("prompt") if isinstance(v, dict) else v for v in value] if isinstance(value, list) else [value]
+        if strange := [prompt for prompt in found if not isinstance(prompt, str)]:
+            raise InputError(f"{path}: expected a list of strings or of rows with a 'prompt', found {str(strange[0])[:60]!r}")
+    else:
+        try:
+            found = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {error}") from error
+    prompts = [prompt for prompt in found if prompt.strip()]
+    if not prompts:
+        raise InputError(f"{path}: no prompts, {len(found)} empty lines")
+    return prompts
+
+
+def load_tokenizer(base: str) -> Any:
+    """Load the tokenizer of a base model; transformers answers a folder without one by an empty tokenizer, we raise."""
+    from transformers import AutoTokenizer
+
+    if pathlib.Path(base).is_dir() and not any(pathlib.Path(base).glob("tokenizer*")):
+        raise InputError(f"{base}: holds no tokenizer files, expected tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise InputError(f"{base}: no tokenizer: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{base}: the tokenizer has no end-of-text token, found {tokenizer.special_tokens_map}")
+    return tokenizer
+
+
+def prompt_ids(tokenizer: Any, row: Row) -> list[int]:
+    """Return the ids of a prompt: through the chat template where the tokenizer has one, else the bare text."""
+    if tokenizer.chat_template:
+        messages = [{"role": "system", "content": row.system}] if row.system else []
+        messages.append({"role": "user", "content": row.prompt})
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return tokenizer(f"{row.system}\n{row.prompt}" if row.system else row.prompt).input_ids
+
+
+def response_ids(tokenizer: Any, row: Row) -> list[int]:
+    """Return the ids of a response, with the end-of-text token."""
+    return [*tokenizer(row.response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]

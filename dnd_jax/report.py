@@ -1,0 +1,180 @@
+"""The report of an evaluation: rungs with intervals, paired differences, a verdict; as JSON, a page and a table."""
+
+import html
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dnd_jax import files
+from dnd_jax.prompts import Row
+from dnd_jax.scoring import exact_match
+from dnd_jax.statistics import Bootstrap
+from dnd_jax.types import InputError
+
+LABEL_FREE = ("base", "in_context", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge",
+              "random", "multi_task")
+ORDER = (*LABEL_FREE, "dnd", "dnd_shuffled", "dnd_random_text", "in_task")
+DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")
+
+Answers = Mapping[str, Sequence[Sequence[Sequence[str]]]]
+
+
+def summarise(answers: Answers, rows: Sequence[Sequence[Row]], responses: Sequence[set[str]], tasks: Sequence[str],
+              notes: Mapping[str, str]) -> dict[str, Any]:
+    """Score answers by exact match and compare the rungs.
+
+    Args:
+      answers: by rung, task, prompt draw and row.
+      rows: test rows by task.
+      responses: what counts as an answer of a task at all; the rate of others is the rung's `unparsable`.
+      tasks: names of the test tasks.
+      notes: what a rung chose on the validation tasks.
+    """
+    bootstrap = Bootstrap([len(r) for r in rows])
+    scores = {name: [np.mean([exact_match(draw, r) for draw in task], axis=0) for task, r in zip(found, rows, strict=True)]
+              for name, found in answers.items()}
+    rungs: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    for name in ORDER:
+        mean, interval = bootstrap.interval(scores[name])
+        strange = [a not in known for task, known in zip(answers[name], responses, strict=True) for draw in task for a in draw]
+        rungs[name] = {"mean": mean, "ci95": interval, "unparsable": float(np.mean(strange)),
+                       "per_task": {t: float(s.mean()) for t, s in zip(tasks, scores[name], strict=True)}}
+        if name in notes:
+            rungs[name]["chosen"] = notes[name]
+        if name != "dnd":
+            gaps = [a - b for a, b in zip(scores["dnd"], scores[name], strict=True)]
+            mean, interval = bootstrap.interval(gaps)
+            signs = [np.sign(round(float(gap.mean()), 9)) for gap in gaps]
+            differences[f"dnd-{name}"] = {"mean": mean, "ci95": interval, "won": signs.count(1), "lost": signs.count(-1)}
+    best = max(LABEL_FREE, key=lambda name: float(rungs[name]["mean"]))
+    return {"rungs": rungs, "differences": differences, "best_label_free": best, "verdict": verdict(rungs, differences, best)}
+
+
+def verdict(rungs: dict[str, Any], differences: dict[str, Any], best: str) -> str:
+    """Say in words what the intervals allow to claim."""
+    rival, shuffled = differences[f"dnd-{best}"], differences["dnd-dnd_shuffled"]
+    condition = (f"given another task's prompts it loses {shuffled['mean']:.1%} "
+                 f"({shuffled['ci95'][0]:.1%} to {shuffled['ci95'][1]:.1%})")
+    beaten = (f"best label-free rung is {best} at {rungs[best]['mean']:.1%}; DnD is {rival['mean']:+.1%} away "
+              f"({rival['ci95'][0]:+.1%} to {rival['ci95'][1]:+.1%})")
+    if shuffled["ci95"][0] <= 0:
+        return f"The condition does not matter measurably, the generator is an averager: {condition}; {beaten}."
+    if rival["ci95"][0] <= 0:
+        return f"Not shown to generalise beyond its rivals: the {beaten}; {condition}."
+    return f"Generalises to held-out tasks: the {beaten}; {condition}."
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the ladder as text."""
+    lines = [f"{'rung':<16}{'mean':>7}  {'95% interval':<16}{'unparsable':>10}  {'DnD minus rung':<26}{'won-lost':>8}"]
+    for name, rung in result["rungs"].items():
+        line = f"{name:<16}{rung['mean']:>7.1%}  {_interval(rung['ci95']):<16}{rung['unparsable']:>10.1%}  "
+        if difference := result["differences"].get(f"dnd-{name}"):
+            gap = f"{difference['mean']:+.1%} ({_interval(difference['ci95'])})"
+            line += f"{gap:<26}{difference['won']:>4}-{difference['lost']}"
+        lines.append(line.rstrip())
+    c = result["cost"]
+    pays = f"{c['adapters_to_break_even']:.0f} adapters" if c["adapters_to_break_even"] else "never"
+    lines += ["", f"collecting {c['collect_s']:.0f} s, training {c['train_s']:.0f} s, generating {c['generate_s'] * 1e3:.1f} ms, "
+              f"in-task training {c['in_task_s']:.1f} s; pays back after {pays}", result["verdict"]]
+    return "\n".join(lines)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's `metrics.jsonl`."""
+    path = workdir / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+# --- page ------------------------------------------------------------------------------------------------------------
+
+
+def write(result: dict[str, Any], workdir: pathlib.Path) -> None:
+    """Write `report.json` and the self-contained `report.html`."""
+    files.write_json(workdir / "report.json", result)
+    pictures = [("The ladder", _ladder(result)), ("By test task", _per_task(result)), ("Training", _curve(read_metrics(workdir)))]
+    body = "".join(f"<h2>{title}</h2>\n{picture}\n" for title, picture in pictures)
+    files.write_text(workdir / "report.html", f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>dnd_jax: held-out tasks</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
+svg{{max-width:100%;height:auto}}pre{{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:13px}}</style></head><body>
+<h1>Adapters generated for held-out tasks</h1>
+<p><strong>{html.escape(result["verdict"])}</strong></p>
+{body}<h2>Table</h2>
+<p>Exact match of greedy answers; intervals by bootstrap over tasks and items; differences are paired.
+<em>in_context</em> sees four labelled examples, <em>in_task</em> is trained on the task's labels, the others on neither.</p>
+<pre>{html.escape(table(result))}</pre></body></html>
+""")
+
+
+def _svg(figure: Any) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", bbox_inches="tight")
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _color(name: str) -> str:
+    return {"dnd": "#c03a2b", "in_task": "#444444"}.get(name, "#e3a39b" if name.startswith("dnd_") else "#7f9db9")
+
+
+def _ladder(result: dict[str, Any]) -> str:
+    figure, axes = _figure(8, 4.6)
+    names = list(result["rungs"])[::-1]
+    rungs = [result["rungs"][name] for name in names]
+    means = np.array([r["mean"] for r in rungs])
+    reach = np.abs(np.array([r["ci95"] for r in rungs]).T - means).clip(0)
+    axes.barh(names, means, color=[_color(n) for n in names], xerr=reach, error_kw={"elinewidth": 1, "capsize": 2.5})
+    for y, (mean, high) in enumerate(zip(means, [r["ci95"][1] for r in rungs], strict=True)):
+        axes.text(high + 0.012, y, f"{mean:.0%}", va="center", fontsize=9)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("exact match on held-out tasks, 95% interval")
+    return _svg(figure)
+
+
+def _per_task(result: dict[str, Any]) -> str:
+    shown = ("in_task", "dnd", result["best_label_free"], "dnd_shuffled")
+    tasks = list(result["rungs"]["dnd"]["per_task"])
+    figure, axes = _figure(8, 0.34 * len(tasks) + 1)
+    for marker, name in zip("|oDx", shown, strict=True):
+        axes.plot([result["rungs"][name]["per_task"][t] for t in tasks], range(len(tasks)), marker, color=_color(name),
+                  label=name, ms=14 if marker == "|" else 7, mew=2)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_xlabel("exact match")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+    return _svg(figure)
+
+
+def _curve(metrics: Sequence[dict[str, Any]]) -> str:
+    figure, axes = _figure(8, 3)
+    for key, label, color in (("loss", "training tasks", "#7f9db9"), ("validation_loss", "validation tasks", "#c03a2b")):
+        points = [(m["step"], m[key]) for m in metrics if key in m]
+        axes.plot(*zip(*points, strict=True), color=color, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.1%} to {bounds[1]:.1%}"

@@ -1,0 +1,235 @@
+"""Train the decoder on a pair store.
+
+    python -m dnd_jax.train --config=experiments/configs/tenants.py --workdir=build/tenants/run
+
+The same command again resumes: every step's batch and noise are functions of the seed and the step alone.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import app, flags
+from tqdm import tqdm
+
+from dnd_jax import checkpoints, cli, files, pairs, sharding
+from dnd_jax.decoder import HyperConvDecoder
+from dnd_jax.losses import add_noise, token_loss
+from dnd_jax.types import InputError, Params
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, config and metrics.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that a step changes, and the key that its noise is derived from."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    rng: jax.Array
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def make_decoder(config: ml_collections.ConfigDict, store: pairs.Store) -> HyperConvDecoder:
+    """Return the decoder from a condition of the store to its weight tokens, by way of the config's blocks."""
+    length, width = store.tasks[0].condition.shape[1:]
+    features = ((config.condition.prompts, length, width), *map(tuple, config.decoder.blocks), store.layout.shape)
+    return HyperConvDecoder(features, config.decoder.kernel_size)
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Return AdamW with clipping by global norm, linear warm-up and a cosine to zero (paper, section 4.1)."""
+    t = config.train
+    rate = optax.warmup_cosine_decay_schedule(0.0, t.learning_rate, t.warmup_steps, t.steps)
+    return optax.chain(optax.clip_by_global_norm(t.clip_norm), optax.adamw(rate, weight_decay=t.weight_decay))
+
+
+def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mesh: jax.sharding.Mesh) -> State:
+    """Initialise the state on the mesh, jitted so that no device holds more than its part."""
+    tx = make_optimizer(config)
+
+    def init(rng: jax.Array) -> State:
+        init_rng, rng = jax.random.split(rng)
+        params = decoder.init(init_rng, jnp.zeros((1, *decoder.features[0])))["params"]
+        return State(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
+
+    return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed, impl="threefry2x32"))
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+def make_train_step(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mask: np.ndarray, importance: np.ndarray
+                    ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """Return `(state, condition [B,N,L,C], tokens [B,T,H,W]) -> (state, metrics)`, a pure function."""
+    tx = make_optimizer(config)
+    t = config.train
+
+    def train_step(state: State, condition: jax.Array, tokens: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        condition_rng, token_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
+        noisy_condition = add_noise(condition_rng, condition.astype(jnp.float32), t.condition_noise)
+        noisy_tokens = add_noise(token_rng, tokens, t.token_noise)
+
+        def loss_fn(params: Params) -> jax.Array:
+            predicted: jax.Array = decoder.apply({"params": params}, noisy_condition)  # type: ignore[assignment]
+            return token_loss(predicted, noisy_tokens, mask, importance).mean()
+
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.rng)
+        return new, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+
+    return train_step
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Return fixed prompt draws of every validation task, and its last checkpoint as the target."""
+    conditions, tokens = [], []
+    for number, task in enumerate(tasks):
+        for draw in range(config.train.validation_draws):
+            rng = np.random.default_rng((config.seed, 1, number, draw))
+            conditions.append(task.condition[pairs.draw_prompts(rng, len(task.condition), config.condition.prompts)])
+            tokens.append(task.tokens[-1])
+    return np.stack(conditions), np.stack(tokens)
+
+
+def make_evaluate(decoder: HyperConvDecoder, mask: np.ndarray, importance: np.ndarray) -> Callable[..., jax.Array]:
+    """Return `(params, condition, tokens) -> loss per example`, without noise."""
+
+    def evaluate(params: Params, condition: jax.Array, tokens: jax.Array) -> jax.Array:
+        predicted: jax.Array = decoder.apply({"params": params}, condition.astype(jnp.float32))  # type: ignore[assignment]
+        return token_loss(predicted, tokens, mask, importance)
+
+    return evaluate
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathlib.Path) -> None:
+    """Train from the latest checkpoint, or from the start, to `config.train.steps`.
+
+    Writes `checkpoints/<step>` every `validate_every` steps, with the loss on the validation tasks, and appends to
+    `metrics.jsonl`. Raises FloatingPointError at a loss that isn't finite, before anything of it is saved.
+    """
+    t = config.train
+    mesh = sharding.make_mesh()
+    decoder = make_decoder(config, store)
+    tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
+    train_step = jax.jit(make_train_step(config, decoder, mask, store.importance), donate_argnums=0)
+    evaluate = jax.jit(make_evaluate(decoder, mask, store.importance))
+    # Too few examples to be worth splitting: every device validates on all of them.
+    validation = jax.device_put(validation_batch(store.split("validation"), config), sharding.replicated(mesh))
+
+    state = make_state(config, decoder, mesh)
+    checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder))
+    state = checkpointer.restore(state) or state
+    first = int(state.step)
+    bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0)
+    began, log = time.perf_counter(), {}
+    with MetricsLog(workdir / "metrics.jsonl", first) as metrics_log:
+        for step in bar:
+            condition, tokens, numbers = pairs.batch(tasks, config.seed, step, t.batch_size, config.condition.prompts)
+            state, metrics = train_step(state, *sharding.put(mesh, condition, tokens))
+            done = step + 1
+            if done % t.log_every == 0 or done == t.steps:
+                log = {"step": done} | {k: float(v) for k, v in metrics.items()}
+                if not math.isfinite(log["loss"] + log["gradient_norm"]):
+                    names = sorted({tasks[n].name for n in numbers})
+                    found = f"loss {log['loss']}, gradient norm {log['gradient_norm']}"
+                    raise FloatingPointError(f"step {done}: {found}, tasks {names}")
+                seconds = time.perf_counter() - began
+                log |= {"steps_per_s": (done - first) / seconds, "seconds": metrics_log.seconds + seconds}
+                bar.set_postfix(loss=f"{log['loss']:.4f}")
+            if done % t.validate_every == 0 or done == t.steps:
+                log[checkpoints.METRIC] = float(evaluate(state.params, *validation).mean())
+                checkpointer.save(done, state, {k: v for k, v in log.items() if k != "step"})
+            if log.get("step") == done:
+                metrics_log.append(log)
+    checkpointer.close()
+
+
+class MetricsLog:
+    """An append-only file of one JSON object per logged step; lines past the step resumed from are dropped.
+
+    `seconds` is the training time that the lines kept stand for.
+    """
+
+    def __init__(self, path: pathlib.Path, first: int):
+        self.seconds = 0.0
+        if path.exists():
+            kept = [entry for entry in map(json.loads, path.read_text().splitlines()) if entry["step"] <= first]
+            files.write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+            self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+
+    def append(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperConvDecoder) -> dict[str, Any]:
+    """Return what a checkpoint must say so that one can generate from it alone."""
+    return {
+        "config": json.loads(cli.config_json(config)), "features": [list(map(int, f)) for f in decoder.features],
+        "kernel_size": decoder.kernel_size, "layout": store.layout.to_json(), "spec": store.manifest["spec"],
+        "encoder": store.manifest["encoder"], "base": store.manifest["base"], "store": str(store.folder),
+        "carried": len(store.spec.carried),
+    }
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Write the config into a new workdir; raise InputError when the workdir has another one, naming the first field."""
+    path = workdir / "config.json"
+    new = json.loads(cli.config_json(config))
+    if not path.exists():
+        files.write_text(path, cli.config_json(config) + "\n")
+        return
+    for field, (old_value, new_value) in sorted(differences(files.read_json(path), new).items()):
+        raise InputError(f"{path}: {field} is {old_value!r}, the config given says {new_value!r}")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two nested configs differ, with both values."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {prefix: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in old.keys() | new.keys():
+        found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    config, workdir = _CONFIG.value, pathlib.Path(cli.given(_WORKDIR))
+    store = pairs.open_store(config.export.store)
+    claim_workdir(config, workdir)
+    train(config, store, workdir)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "workdir"))

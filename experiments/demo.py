@@ -1,0 +1,93 @@
+"""Run all stations on the embedded world, each only when something it depends on has changed.
+
+    python -m experiments.demo            # what `make demo` calls; --arg=seed=1 for another world
+
+A station's key is a hash of the code, the config and the key of the station before it. A station that was interrupted
+goes on where it was; one whose key has changed starts afresh.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import flags
+
+from dnd_jax import cli, files, report
+from experiments.configs import tenants
+
+_ARG = flags.DEFINE_string("arg", "", "Argument of experiments/configs/tenants.py.")
+
+CODE = {
+    "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py"),
+    "collect": ("data_pipeline/collect.py", "data_pipeline/datasets.py", "dnd_jax/prompts.py"),
+    "export": ("data_pipeline/export.py", "dnd_jax/adapters.py", "dnd_jax/tokens.py", "dnd_jax/pairs.py", "dnd_jax/encoders.py"),
+    "train": ("dnd_jax/train.py", "dnd_jax/decoder.py", "dnd_jax/losses.py", "dnd_jax/checkpoints.py", "dnd_jax/sharding.py"),
+    "generate": ("dnd_jax/generate.py",),
+    "evaluate": ("dnd_jax/evaluate.py", "dnd_jax/baselines.py", "dnd_jax/scoring.py", "dnd_jax/report.py",
+                 "dnd_jax/statistics.py", "dnd_jax/audit.py"),
+}
+
+
+def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Return each station's command line and the outputs that go when it starts afresh."""
+    config = tenants.get_config(arg)
+    root = pathlib.Path(config.tasks).parent
+    run, store, collected = f"{root}/run", config.export.store, config.collect.out
+    held_out = f"{root}/datasets/{{test}}_train.json"
+    with_config = [f"--config=experiments/configs/tenants.py:{arg}" if arg else "--config=experiments/configs/tenants.py"]
+    world = [f"--out={root}", f"--seed={config.seed}", *(["--smoke"] if "smoke" in arg else [])]
+    parts = [f"{root}/{name}" for name in ("base", "encoder", "datasets", "tasks.json")]
+    return {
+        "tenants": (["data_pipeline.tenants", *world], parts),
+        "collect": (["data_pipeline.collect", *with_config, f"--jobs={min(2, os.cpu_count() or 1)}"], [collected]),
+        "export": (["data_pipeline.export", *with_config], [store]),
+        "train": (["dnd_jax.train", *with_config, f"--workdir={run}"], [run]),
+        "generate": (["dnd_jax.generate", f"--workdir={run}", f"--prompts={held_out}", f"--out={root}/generated"],
+                     [f"{root}/generated"]),
+        "evaluate": (["dnd_jax.evaluate", *with_config, f"--workdir={run}"], [f"{run}/report.json", f"{run}/report.html"]),
+    }
+
+
+def run_stations(arg: str) -> pathlib.Path:
+    """Bring every station up to date; return the run's workdir."""
+    config = tenants.get_config(arg)
+    root = pathlib.Path(config.tasks).parent
+    key = ""
+    for name, (command, outputs) in stations(arg).items():
+        code = "".join(files.sha256_file(path) for path in CODE[name])
+        key = files.sha256_text(key + code + cli.config_json(config) + " ".join(command))
+        stamp = root / "stamps" / f"{name}.json"
+        found = files.read_json(stamp) if stamp.exists() else {}
+        if found.get("key") != key:
+            for path in map(pathlib.Path, outputs):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        elif found["seconds"] is not None and all(pathlib.Path(path).exists() for path in outputs):
+            continue
+        files.write_json(stamp, {"key": key, "seconds": None})
+        began = time.perf_counter()
+        print(f"== {name}: python -m {' '.join(command)}", flush=True)
+        test = next((t for t, entry in _tasks(config.tasks).items() if entry["split"] == "test"), "")
+        subprocess.run([sys.executable, "-m", *(part.replace("{test}", test) for part in command)], check=True)
+        files.write_json(stamp, {"key": key, "seconds": round(time.perf_counter() - began, 1)})
+    return root / "run"
+
+
+def _tasks(path: str) -> dict[str, dict[str, str]]:
+    return files.read_json(path) if pathlib.Path(path).exists() else {}
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    workdir = run_stations(_ARG.value)
+    seconds = {p.stem: files.read_json(p)["seconds"] for p in (workdir.parent / "stamps").glob("*.json")}
+    print(report.table(files.read_json(workdir / "report.json")))
+    print(f"\n{workdir}/report.html; seconds: " + ", ".join(f"{name} {seconds[name]:.0f}" for name in CODE)
+          + f", together {sum(seconds.values()):.0f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
