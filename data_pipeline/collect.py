@@ -24,9 +24,6 @@ from data_pipeline import datasets
 from dnd_jax import cli, files, prompts
 from dnd_jax.types import InputError
 
-_CONFIG = cli.define_config()
-_JOBS = flags.DEFINE_integer("jobs", max(1, (os.cpu_count() or 1) // 2), "Tasks trained at once, each in its own process.")
-
 MULTI_TASK = "multi_task"
 
 
@@ -180,21 +177,25 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    config = ml_collections.FrozenConfigDict(_CONFIG.value)
+def define_flags() -> None:
+    cli.define_config()
+    flags.DEFINE_integer("jobs", max(1, (os.cpu_count() or 1) // 2), "Tasks trained at once, each in its own process.")
+
+
+def main(args: Any) -> None:
+    config = ml_collections.FrozenConfigDict(args.config)
     prompts.load_tokenizer(config.base)
     runs = plan_runs(config)
     todo = [run for run in runs if not is_finished(pathlib.Path(config.collect.out) / run.name, identity(config, run))]
     if not todo:
         print(f"collect: all {len(runs)} runs are there")
         return
-    threads = max(1, (os.cpu_count() or 1) // _JOBS.value)
-    with multiprocessing.get_context("spawn").Pool(_JOBS.value, _start_worker, (threads,)) as pool:
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with multiprocessing.get_context("spawn").Pool(args.jobs, _start_worker, (threads,)) as pool:
         finished = pool.imap_unordered(functools.partial(collect_one, config), todo)
         for _ in tqdm(finished, desc="collect", initial=len(runs) - len(todo), total=len(runs)):
             pass
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config",))
+    cli.run(main, define_flags)

@@ -21,8 +21,6 @@ from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError
 
-_CONFIG = cli.define_config()
-
 
 def step_folders(run: pathlib.Path) -> list[pathlib.Path]:
     """Return a run's adapter folders in order of their steps."""
@@ -107,10 +105,13 @@ def _unordered(value: Any) -> Any:
     return sorted(value, key=json.dumps) if isinstance(value, list) else value
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    export(_CONFIG.value)
+def define_flags() -> None:
+    cli.define_config()
+
+
+def main(args: Any) -> None:
+    export(args.config)
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config",))
+    cli.run(main, define_flags)

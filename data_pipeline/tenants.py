@@ -19,10 +19,6 @@ from tqdm import tqdm
 from data_pipeline import world
 from dnd_jax import cli, files
 
-_OUT = flags.DEFINE_string("out", None, "Folder to write the world to.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of facts, tenants and models.")
-_SMOKE = flags.DEFINE_bool("smoke", False, "Train the models for a few steps only: for tests of the machinery.")
-
 Example = tuple[str, str]
 
 
@@ -38,12 +34,13 @@ class Settings:
     length: int = 24
     learning_rate: float = 3e-3
     shares: tuple[tuple[str, float], ...] = (
-        ("statements", 0.05), ("named", 0.6), ("unnamed", 0.15), ("heard", 0.1), ("conversions", 0.1))
+        ("statements", 0.15), ("named", 0.45), ("unnamed", 0.2), ("heard", 0.1), ("conversions", 0.1))
     encoder_hidden: int = 48
     encoder_layers: int = 2
     encoder_steps: int = 400
     named: float = 0.2
     held_out_entities: int = 16
+    tenants: tuple[int, int, int] = (48, 4, 12)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -62,7 +59,8 @@ def make_base_tokenizer(text: Iterable[str]) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     ))
     model = json.loads(trained.to_str())["model"]
-    return Qwen2Tokenizer(vocab=model["vocab"], merges=[(a, b) for a, b in model["merges"]])
+    merges: Any = [tuple(pair) for pair in model["merges"]]
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
 
 
 def make_encoder_tokenizer(text: Iterable[str]) -> Any:
@@ -85,7 +83,9 @@ def make_base(text: dict[str, list[Example]], s: Settings, seed: int) -> tuple[A
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = make_base_tokenizer(part for kind in text.values() for pair in kind for part in pair if part)
     torch.manual_seed(seed)
     model: Any = Qwen2ForCausalLM(Qwen2Config(
@@ -180,7 +180,8 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
     """Write the whole world, each part under its final name only when it is complete; `tasks.json` comes last."""
     rng = np.random.default_rng(seed)
     facts = world.make_facts(rng)
-    tenants = world.make_tenants(rng)
+    made = world.make_tenants(rng, test=s.tenants[2])
+    tenants = {split: found[:count] for (split, found), count in zip(made.items(), s.tenants, strict=True)}
     rows = {t: world.tenant_rows(t, facts, rng, named=s.named, held_out=s.held_out_entities)
             for split in tenants.values() for t in split}
     text = world.encyclopedia(facts)
@@ -203,11 +204,16 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
     files.write_json(out / "tasks.json", tasks)
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    settings = Settings(steps=20, encoder_steps=20) if _SMOKE.value else Settings()
-    write_world(pathlib.Path(cli.given(_OUT)), _SEED.value, settings)
+def define_flags() -> None:
+    cli.define_string("out", "Folder to write the world to.")
+    flags.DEFINE_integer("seed", 0, "Seed of facts, tenants and models.")
+    flags.DEFINE_bool("smoke", False, "Make a few tenants and barely train the models: for tests of the machinery.")
+
+
+def main(args: Any) -> None:
+    settings = Settings(steps=20, encoder_steps=20, tenants=(6, 2, 2)) if args.smoke else Settings()
+    write_world(pathlib.Path(args.out), args.seed, settings)
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("out",))
+    cli.run(main, define_flags)

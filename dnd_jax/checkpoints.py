@@ -63,19 +63,30 @@ def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict
     Raises:
       InputError: a folder without checkpoints.
     """
+    with _open(folder) as checkpointer:
+        best = min(checkpointer.checkpoints, key=lambda c: c.metrics[METRIC])
+        about = checkpointer.checkpointables_metadata(best.step).custom_metadata
+        return best.step, _load_params(checkpointer, best.step), about, dict(best.metrics)
+
+
+def load_latest(folder: files.PathLike) -> tuple[int, Params]:
+    """Return step and parameters (NumPy) of the newest checkpoint."""
+    with _open(folder) as checkpointer:
+        step = checkpointer.latest.step
+        return step, _load_params(checkpointer, step)
+
+
+def _open(folder: files.PathLike) -> ocp.training.Checkpointer:
     logging.getLogger("absl").setLevel(logging.ERROR)
     folder = pathlib.Path(folder).resolve()
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no checkpoints, run dnd_jax.train first")
-    with ocp.training.Checkpointer(folder) as checkpointer:
-        found = [c for c in checkpointer.checkpoints if c.metrics is not None]
-        if not found:
-            raise InputError(f"{folder}: no checkpoint with metrics")
-        best = min(found, key=lambda c: c.metrics[METRIC])
-        about = checkpointer.checkpointables_metadata(best.step).custom_metadata
-        metadata = checkpointer.metadata(best.step).metadata
-        like = {"params": jax.tree.map(lambda m: np.empty(m.shape, m.dtype), metadata["params"])}
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(
-                loading=ocp.options.PyTreeOptions.Loading(partial_load=True))):
-            state = checkpointer.load(best.step, abstract_state=like)
-        return best.step, state["params"], about, dict(best.metrics)
+    if not any(folder.glob("[0-9]*")):
+        raise InputError(f"{folder}: holds no checkpoint, run dnd_jax.train first")
+    return ocp.training.Checkpointer(folder)
+
+
+def _load_params(checkpointer: ocp.training.Checkpointer, step: int) -> Params:
+    shapes = checkpointer.metadata(step).metadata["params"]
+    like = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)}
+    partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    with ocp.Context(pytree_options=partial):
+        return checkpointer.load(step, abstract_state=like)["params"]

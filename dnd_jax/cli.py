@@ -6,27 +6,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dnd_jax.types import InputError
 
 
-def define_config() -> Any:
-    """Define the required flag `--config=FILE.py[:argument]`; fields are overridden by `--config.field=value`."""
-    return config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/tenants.py", lock_config=True)
+def define_config() -> None:
+    """Define the flag `--config=FILE.py[:argument]`; fields are overridden by `--config.field=value`."""
+    config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/tenants.py.", lock_config=True)
+    flags.mark_flag_as_required("config")
 
 
-def run(main: Callable[..., None], required: Sequence[str] = ()) -> None:
-    """Run `main(argv)` under absl; an InputError becomes one line on stderr and exit status 1.
+def define_string(name: str, help_text: str) -> None:
+    """Define a flag that must be given."""
+    flags.DEFINE_string(name, None, help_text)
+    flags.mark_flag_as_required(name)
 
-    Args:
-      main: takes what is left of the command line.
-      required: names of flags that must be given.
+
+def run(main: Callable[[Any], None], define_flags: Callable[[], None]) -> None:
+    """Define the flags, parse the command line and run `main(flags)`.
+
+    An InputError becomes one line on stderr and exit status 1. Flags are defined here, not at import, so that any
+    module can import any other.
     """
-    flags.mark_flags_as_required(list(required))
+    define_flags()
+    logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app.run(main, flags_parser=_parse_flags)
+        app.run(lambda argv: main(flags.FLAGS), flags_parser=_parse_flags)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.stdout.flush()
@@ -34,19 +42,18 @@ def run(main: Callable[..., None], required: Sequence[str] = ()) -> None:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parse, and turn what a config file or a flag can do wrong into an InputError."""
     try:
-        return flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(argv))
     except (flags.Error, OSError, SyntaxError, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
-        config = next((a for a in argv if a.startswith("--config=")), "")
-        raise InputError(f"{' '.join([*config.split(), ''])}{type(error).__name__}: {error}") from error
+        config = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "command line")
+        raise InputError(f"{config}: {type(error).__name__}: {error}") from error
+    if len(rest) > 1:
+        raise InputError(f"command line: unexpected arguments {rest[1:]}")
+    return rest
 
 
 def config_json(config: ml_collections.ConfigDict) -> str:
     """Return a config as JSON text, fields in order of their names."""
     return config.to_json_best_effort(indent=1, sort_keys=True)
 
-
-def given(flag: flags.FlagHolder[str | None]) -> str:
-    """Return the value of a flag that `run` required."""
-    assert flag.value is not None
-    return flag.value

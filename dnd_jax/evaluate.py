@@ -7,12 +7,11 @@ Writes `report.json` and `report.html` to the workdir. What a rung chooses, it c
 
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
 import numpy as np
-from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
@@ -22,9 +21,6 @@ from dnd_jax.baselines import Flat
 from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.generate import Generator
 from dnd_jax.types import InputError
-
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 
 MakeAdapter = Callable[[pairs.Task, int], Flat]
 
@@ -185,9 +181,13 @@ def cost(ev: Evaluation, workdir: pathlib.Path) -> dict[str, float | None]:
             "adapters_to_break_even": (collect_s + train_s) / saved if saved > 0 else None}
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    config, workdir = _CONFIG.value, pathlib.Path(cli.given(_WORKDIR))
+def define_flags() -> None:
+    cli.define_config()
+    cli.define_string("workdir", "Folder of a training run.")
+
+
+def main(args: Any) -> None:
+    config, workdir = args.config, pathlib.Path(args.workdir)
     ev = Evaluation(config, workdir)
     test = {task.name: ev.rows["test"][task.name] for task in ev.test}
     found = audit(test, ev.rows["train"])
@@ -202,4 +202,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "workdir"))
+    cli.run(main, define_flags)

@@ -21,11 +21,6 @@ from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Tree
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-_PROMPTS = flags.DEFINE_string("prompts", None, "Text file with a prompt a line, or JSON list of prompts or rows.")
-_OUT = flags.DEFINE_string("out", None, "Adapter folder to write.")
-_SEED = flags.DEFINE_integer("seed", 0, "Draws the prompts where the file holds more than the decoder takes.")
-
 
 class Generator:
     """The decoder of a training run's best checkpoint, compiled: conditions in, adapters out."""
@@ -74,18 +69,24 @@ def choose(available: Sequence[str], count: int, seed: int) -> list[str]:
     return [available[i] for i in order]
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    texts = prompts.read_prompts(cli.given(_PROMPTS))
-    generator = Generator(cli.given(_WORKDIR))
+def define_flags() -> None:
+    cli.define_string("workdir", "Folder of a training run.")
+    cli.define_string("prompts", "Text file with a prompt a line, or JSON list of prompts or rows.")
+    cli.define_string("out", "Adapter folder to write.")
+    flags.DEFINE_integer("seed", 0, "Draws the prompts where the file holds more than the decoder takes.")
+
+
+def main(args: Any) -> None:
+    texts = prompts.read_prompts(args.prompts)
+    generator = Generator(args.workdir)
     encoder = SentenceEncoder(**generator.about["encoder"])
     began = time.perf_counter()
-    tree = generator(encoder(choose(texts, generator.prompts, _SEED.value)))
-    adapters.write(cli.given(_OUT), tree, generator.spec)
+    tree = generator(encoder(choose(texts, generator.prompts, args.seed)))
+    adapters.write(args.out, tree, generator.spec)
     seconds = time.perf_counter() - began
-    print(f"{_OUT.value}: checkpoint {generator.step}, {seconds:.3f} s from prompts to files, "
+    print(f"{args.out}: checkpoint {generator.step}, {seconds:.3f} s from prompts to files, "
           f"{generator.compile_s:.3f} s of compilation before")
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("workdir", "prompts", "out"))
+    cli.run(main, define_flags)

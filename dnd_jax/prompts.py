@@ -41,7 +41,7 @@ def read_prompts(path: files.PathLike) -> list[str]:
       InputError: a missing or malformed file, or one without prompts.
     """
     path = pathlib.Path(path)
-    found: list[str]
+    found: list[Any]
     if path.suffix == ".json":
         value = files.read_json(path)
         found = [v.get("prompt") if isinstance(v, dict) else v for v in value] if isinstance(value, list) else [value]
@@ -61,7 +61,9 @@ def read_prompts(path: files.PathLike) -> list[str]:
 def load_tokenizer(base: str) -> Any:
     """Load the tokenizer of a base model; transformers answers a folder without one by an empty tokenizer, we raise."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if pathlib.Path(base).is_dir() and not any(pathlib.Path(base).glob("tokenizer*")):
         raise InputError(f"{base}: holds no tokenizer files, expected tokenizer.json")
     try:

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dnd_jax.types import InputError
+
 
 def make_mesh() -> Mesh:
     """Return a mesh of all devices with the one axis `data`."""
@@ -19,10 +21,10 @@ def over_batch(mesh: Mesh, size: int) -> NamedSharding:
     """Return the sharding of arrays whose first axis is a batch of `size` examples.
 
     Raises:
-      ValueError: a batch that the devices don't divide.
+      InputError: a batch that the devices don't divide.
     """
     if size % mesh.size:
-        raise ValueError(f"a batch of {size} does not divide over {mesh.size} devices")
+        raise InputError(f"a batch of {size} does not divide over {mesh.size} devices")
     return NamedSharding(mesh, PartitionSpec("data"))
 
 

@@ -5,6 +5,7 @@
 The same command again resumes: every step's batch and noise are functions of the seed and the step alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,16 +19,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import app, flags
 from tqdm import tqdm
 
 from dnd_jax import checkpoints, cli, files, pairs, sharding
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, token_loss
 from dnd_jax.types import InputError, Params
-
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, config and metrics.")
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +88,7 @@ def make_train_step(config: ml_collections.ConfigDict, decoder: HyperConvDecoder
         loss, gradients = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.rng)
-        return new, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        return new, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
     return train_step
 
@@ -144,26 +141,30 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     first = int(state.step)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0)
     began, log = time.perf_counter(), {}
-    with MetricsLog(workdir / "metrics.jsonl", first) as metrics_log:
+    with contextlib.closing(checkpointer), MetricsLog(workdir / "metrics.jsonl", first) as metrics_log:
         for step in bar:
             condition, tokens, numbers = pairs.batch(tasks, config.seed, step, t.batch_size, config.condition.prompts)
             state, metrics = train_step(state, *sharding.put(mesh, condition, tokens))
             done = step + 1
             if done % t.log_every == 0 or done == t.steps:
                 log = {"step": done} | {k: float(v) for k, v in metrics.items()}
-                if not math.isfinite(log["loss"] + log["gradient_norm"]):
-                    names = sorted({tasks[n].name for n in numbers})
-                    found = f"loss {log['loss']}, gradient norm {log['gradient_norm']}"
-                    raise FloatingPointError(f"step {done}: {found}, tasks {names}")
+                check_finite(log, done, {tasks[n].name for n in numbers})
                 seconds = time.perf_counter() - began
                 log |= {"steps_per_s": (done - first) / seconds, "seconds": metrics_log.seconds + seconds}
                 bar.set_postfix(loss=f"{log['loss']:.4f}")
             if done % t.validate_every == 0 or done == t.steps:
                 log[checkpoints.METRIC] = float(evaluate(state.params, *validation).mean())
+                check_finite(log, done, {tasks[n].name for n in numbers})
                 checkpointer.save(done, state, {k: v for k, v in log.items() if k != "step"})
             if log.get("step") == done:
                 metrics_log.append(log)
-    checkpointer.close()
+
+
+def check_finite(metrics: dict[str, float], step: int, names: set[str]) -> None:
+    """Raise FloatingPointError naming step, metric and the tasks of the batch unless every metric is finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {step}: {name} is {value}, tasks {sorted(names)}")
 
 
 class MetricsLog:
@@ -222,14 +223,17 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     return found
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    config, workdir = _CONFIG.value, pathlib.Path(cli.given(_WORKDIR))
+def define_flags() -> None:
+    cli.define_config()
+    cli.define_string("workdir", "Folder for checkpoints, config and metrics.")
+
+
+def main(args: Any) -> None:
+    config, workdir = args.config, pathlib.Path(args.workdir)
     store = pairs.open_store(config.export.store)
     claim_workdir(config, workdir)
     train(config, store, workdir)
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "workdir"))
+    cli.run(main, define_flags)

@@ -12,14 +12,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from dnd_jax import cli, files, report
 from experiments.configs import tenants
-
-_ARG = flags.DEFINE_string("arg", "", "Argument of experiments/configs/tenants.py.")
 
 CODE = {
     "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py"),
@@ -52,11 +50,11 @@ def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
     }
 
 
-def run_stations(arg: str) -> pathlib.Path:
-    """Bring every station up to date; return the run's workdir."""
+def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
+    """Bring every station up to date; return the run's workdir and the stations that had to run."""
     config = tenants.get_config(arg)
     root = pathlib.Path(config.tasks).parent
-    key = ""
+    key, ran = "", []
     for name, (command, outputs) in stations(arg).items():
         code = "".join(files.sha256_file(path) for path in CODE[name])
         key = files.sha256_text(key + code + cli.config_json(config) + " ".join(command))
@@ -73,21 +71,26 @@ def run_stations(arg: str) -> pathlib.Path:
         test = next((t for t, entry in _tasks(config.tasks).items() if entry["split"] == "test"), "")
         subprocess.run([sys.executable, "-m", *(part.replace("{test}", test) for part in command)], check=True)
         files.write_json(stamp, {"key": key, "seconds": round(time.perf_counter() - began, 1)})
-    return root / "run"
+        ran.append(name)
+    return root / "run", ran
 
 
 def _tasks(path: str) -> dict[str, dict[str, str]]:
     return files.read_json(path) if pathlib.Path(path).exists() else {}
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
-    workdir = run_stations(_ARG.value)
+def define_flags() -> None:
+    flags.DEFINE_string("arg", "", "Argument of experiments/configs/tenants.py.")
+
+
+def main(args: Any) -> None:
+    workdir, ran = run_stations(args.arg)
     seconds = {p.stem: files.read_json(p)["seconds"] for p in (workdir.parent / "stamps").glob("*.json")}
-    print(report.table(files.read_json(workdir / "report.json")))
+    if "evaluate" not in ran:
+        print(report.table(files.read_json(workdir / "report.json")))
     print(f"\n{workdir}/report.html; seconds: " + ", ".join(f"{name} {seconds[name]:.0f}" for name in CODE)
           + f", together {sum(seconds.values()):.0f}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

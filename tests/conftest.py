@@ -1,0 +1,112 @@
+"""What several test files make: a smoke-sized world, and PEFT adapters with values that change the logits."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run_module(*command, cwd=ROOT, check=True, env=None):
+    """Run `python -m ...` as a user does; return the finished process."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **(env or {})}
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def write_adapter(folder, rng, *, rank=2, layers=2, hidden=8, dtype=np.float32, **config):
+    """Write a small LoRA folder by hand: q_proj and v_proj of every layer."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for layer in range(layers):
+        for name, out in (("q_proj", hidden), ("v_proj", hidden // 2)):
+            key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{key}.lora_A.weight"] = rng.normal(size=(rank, hidden)).astype(dtype)
+            tensors[f"{key}.lora_B.weight"] = rng.normal(size=(out, rank)).astype(dtype)
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    import json
+
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["v_proj", "q_proj"],
+                "base_model_name_or_path": "base", "task_type": "CAUSAL_LM"} | config
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return tensors
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """The whole miniature pipeline, run once by its command lines in a folder of its own; returns that folder."""
+    folder = tmp_path_factory.mktemp("smoke")
+    config = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
+    root = "build/tenants-smoke"
+    run_module("data_pipeline.tenants", f"--out={root}", "--smoke", cwd=folder)
+    run_module("data_pipeline.collect", config, "--jobs=2", cwd=folder)
+    run_module("data_pipeline.export", config, cwd=folder)
+    run_module("dnd_jax.train", config, f"--workdir={root}/run", cwd=folder)
+    return folder
+
+
+def make_store(folder, rng, *, train=3, validation=1, checkpoints=2, prompts=6, length=5, width=4):
+    """Write a pair store of random tasks in the format that `pairs.open_store` reads."""
+    from dnd_jax import adapters, files, pairs, tokens
+
+    folder = pathlib.Path(folder)
+    write_adapter(folder / "template", rng)
+    _, spec = adapters.read(folder / "template")
+    layout = tokens.plan(spec)
+    splits = ["train"] * train + ["validation"] * validation
+    entries = {}
+    for i, split in enumerate(splits):
+        target = folder / "tasks" / f"task{i}"
+        target.mkdir(parents=True)
+        encoded = []
+        for k in range(checkpoints):
+            write_adapter(folder / f"adapter{k}", rng)
+            encoded.append(tokens.encode(adapters.read(folder / f"adapter{k}")[0], layout)[0])
+        np.save(target / "tokens.npy", np.stack(encoded))
+        np.save(target / "condition.npy", rng.normal(size=(prompts, length, width)).astype(np.float16))
+        files.write_json(target / "prompts.json", [f"prompt {j} of {i}" for j in range(prompts)])
+        entries[f"task{i}"] = {"split": split, "checkpoints": checkpoints, "prompts": prompts}
+    np.save(folder / "importance.npy", np.ones(layout.shape[0], np.float32))
+    listed = [folder / "importance.npy", *sorted((folder / "tasks").rglob("*.*"))]
+    files.write_json(folder / "manifest.json", {
+        "format": pairs.FORMAT, "base": {"name": "base", "sha256": "0"}, "spec": spec.to_json(), "layout": layout.to_json(),
+        "encoder": {"name": "none", "length": length}, "tasks": entries,
+        "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in listed},
+    })
+    return folder
+
+
+def tiny_config(store, **train):
+    """Return the tenants config cut down to a store of `make_store`."""
+    from experiments.configs import tenants
+
+    config = tenants.get_config("smoke").unlock()
+    config.export.store = str(store)
+    config.condition.prompts = 4
+    config.decoder = {"blocks": ((6, 4, 6),), "kernel_size": 3}
+    config.train.update({"steps": 6, "batch_size": 8, "validate_every": 2, "log_every": 1} | train)
+    return config.lock()
+
+
+def train_command(store, workdir, **train):
+    """Return the command line that trains `tiny_config`."""
+    settings = {"steps": 6, "batch_size": 8, "validate_every": 2, "log_every": 1} | train
+    return ["dnd_jax.train", f"--config={ROOT}/experiments/configs/tenants.py:smoke", f"--workdir={workdir}",
+            f"--config.export.store={store}", "--config.condition.prompts=4", "--config.decoder.kernel_size=3",
+            "--config.decoder.blocks=((6, 4, 6),)", *(f"--config.train.{k}={v}" for k, v in settings.items())]

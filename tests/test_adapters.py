@@ -1,0 +1,110 @@
+"""PEFT folders: read, write, and what is refused."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import write_adapter
+from flax.traverse_util import flatten_dict
+
+from dnd_jax import adapters
+
+
+def test_tree_is_the_modules_nested(tmp_path, rng):
+    tensors = write_adapter(tmp_path, rng)
+    tree, spec = adapters.read(tmp_path)
+    found = tree["model"]["layers"]["1"]["self_attn"]["q_proj"]["lora_A"]
+    np.testing.assert_array_equal(found, tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"])
+    assert spec.config["r"] == 2 and len(flatten_dict(tree)) == len(tensors)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_folder_round_trip_is_bit_for_bit(tmp_path, rng, dtype):
+    tensors = write_adapter(tmp_path / "in", rng, dtype=dtype)
+    adapters.write(tmp_path / "out", *adapters.read(tmp_path / "in"))
+    back = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert back.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert back[key].dtype == value.dtype
+        np.testing.assert_array_equal(back[key].view(np.uint8), value.view(np.uint8))
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("in", "out")]
+    assert configs[1] == {**configs[0], "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_round_trip_through_peft_keeps_logits(tmp_path):
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                        num_attention_heads=4, num_key_value_heads=2, pad_token_id=None))
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "peft")
+    adapters.write(tmp_path / "ours", *adapters.read(tmp_path / "peft"))
+
+    def logits(folder):
+        fresh = Qwen2ForCausalLM.from_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            return (PeftModel.from_pretrained(fresh, tmp_path / folder) if folder else fresh)(torch.arange(12)[None]).logits
+
+    assert torch.equal(logits("peft"), logits("ours"))
+    assert not torch.allclose(logits("peft"), logits(None), atol=1e-2)
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda t: t.pop(f"{KEY}A.weight"), r"q_proj\.lora_A\.weight is missing"),
+    (lambda t: t.update({f"{KEY}B.weight": np.ones((8, 3), np.float32)}), r"\[8, 3\] of rank 3, the config says 2"),
+    (lambda t: t.update({f"{KEY}B.weight": np.full((8, 2), np.nan, np.float32)}), "not finite"),
+    (lambda t: t.update({f"{KEY}A.weight": np.full((2, 8), np.inf, ml_dtypes.bfloat16)}), "not finite"),
+    (lambda t: t.update({"model.layers.0.extra": np.ones(2, np.float32)}), "starts with"),
+])
+def test_broken_tensors_are_named(tmp_path, rng, change, message):
+    write_adapter(tmp_path, rng)
+    rewrite(tmp_path, change)
+    with pytest.raises(adapters.InputError, match=message) as error:
+        adapters.read(tmp_path)
+    assert "adapter_model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("text,message", [
+    ("{", "not JSON"), ('{"peft_type": "IA3"}', "'IA3', expected 'LORA'"), ("[]", r"\[\], expected 'LORA'"),
+])
+def test_broken_configs_are_named(tmp_path, rng, text, message):
+    write_adapter(tmp_path, rng)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(adapters.InputError, match=message):
+        adapters.read(tmp_path)
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(adapters.InputError, match=r"nowhere/adapter_config\.json"):
+        adapters.read(tmp_path / "nowhere")
+
+
+def test_write_refuses_another_tree_and_leaves_nothing(tmp_path, rng):
+    write_adapter(tmp_path / "in", rng)
+    tree, spec = adapters.read(tmp_path / "in")
+    tree["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_A"] = np.ones((2, 9), np.float32)
+    with pytest.raises(adapters.InputError, match=r"\[2, 9\], expected \[2, 8\]"):
+        adapters.write(tmp_path / "out", tree, spec)
+    tree["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_A"] = np.full((2, 8), np.nan, np.float32)
+    with pytest.raises(adapters.InputError, match="not finite"):
+        adapters.write(tmp_path / "out", tree, spec)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]

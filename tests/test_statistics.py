@@ -1,0 +1,30 @@
+"""Bootstrap intervals cover what they should, and pair what is paired."""
+
+import numpy as np
+
+from dnd_jax.statistics import Bootstrap
+
+
+def test_mean_is_over_tasks_not_items():
+    mean, (low, high) = Bootstrap([2, 8]).interval([np.ones(2), np.zeros(8)])
+    assert mean == 0.5 and low == 0.0 and high == 1.0
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+    rng, covered = np.random.default_rng(0), 0
+    bootstrap = Bootstrap([30] * 12)
+    for _ in range(100):
+        rates = rng.beta(6, 4, 12)
+        _, (low, high) = bootstrap.interval([rng.random(30) < rate for rate in rates])
+        covered += low <= 0.6 <= high
+    assert 85 <= covered <= 100
+
+
+def test_paired_differences_are_narrower_than_unpaired():
+    rng = np.random.default_rng(0)
+    bootstrap = Bootstrap([40] * 10)
+    hard = [rng.random(40) < rng.random() for _ in range(10)]
+    better = [np.maximum(h, rng.random(40) < 0.1) for h in hard]
+    _, (low, high) = bootstrap.interval([b.astype(float) - h for b, h in zip(better, hard, strict=True)])
+    _, (wide_low, wide_high) = bootstrap.interval(better)
+    assert low > 0 and high - low < 0.5 * (wide_high - wide_low)

@@ -1,0 +1,102 @@
+"""Training: it can fit, it resumes exactly, devices don't matter, and bad input stops it before anything is written."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, make_store, run_module, tiny_config, train_command
+
+from dnd_jax import checkpoints, pairs, train
+from dnd_jax.types import InputError
+
+
+@pytest.fixture
+def store(tmp_path, rng):
+    return make_store(tmp_path / "store", rng)
+
+
+def read_log(workdir):
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_params(a, b):
+    paths_a, paths_b = (jax.tree.leaves_with_path(checkpoints.load_latest(w / "checkpoints")[1]) for w in (a, b))
+    assert [p for p, _ in paths_a] == [p for p, _ in paths_b]
+    for (path, x), (_, y) in zip(paths_a, paths_b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+def test_overfits_one_pair(tmp_path, rng):
+    store = make_store(tmp_path / "store", rng, train=1, checkpoints=1, prompts=4)
+    config = tiny_config(store, steps=800, learning_rate=5e-3, weight_decay=0.0, validate_every=800, log_every=100)
+    train.train(config, pairs.open_store(store), tmp_path / "run")
+    assert read_log(tmp_path / "run")[-1]["loss"] < 1e-4
+
+
+def test_log_and_checkpoints_say_what_happened(tmp_path, store):
+    config = tiny_config(store)
+    train.train(config, pairs.open_store(store), tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "gradient_norm", "steps_per_s", "seconds"} <= log[0].keys() and "validation_loss" in log[1]
+    step, params, about, metrics = checkpoints.load_best(tmp_path / "run" / "checkpoints")
+    assert step == min((e for e in log if "validation_loss" in e), key=lambda e: e["validation_loss"])["step"]
+    assert metrics["validation_loss"] == min(e.get("validation_loss", np.inf) for e in log)
+    assert about["config"]["train"]["steps"] == 6 and about["features"][-1] == list(pairs.open_store(store).layout.shape)
+    assert params["layers_0"]["norm"]["scale"].shape == (5, 4)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, store):
+    settings = {"steps": 60, "validate_every": 5}
+    run_module(*train_command(store, tmp_path / "whole", **settings))
+    command = [sys.executable, "-m", *train_command(store, tmp_path / "killed", **settings)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/[0-9]*/metrics")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert read_log(tmp_path / "killed")[-1]["step"] < 60
+    run_module(*train_command(store, tmp_path / "killed", **settings))
+    assert_same_params(tmp_path / "whole", tmp_path / "killed")
+    drop = ("seconds", "steps_per_s")
+    logs = [[{k: v for k, v in e.items() if k not in drop} for e in read_log(tmp_path / w)] for w in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_one_device_equals_eight(tmp_path, store):
+    run_module(*train_command(store, tmp_path / "one"))
+    run_module(*train_command(store, tmp_path / "eight"), env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "eight"), strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+def test_batch_that_devices_do_not_divide_is_refused(tmp_path, store):
+    done = run_module(*train_command(store, tmp_path / "run", batch_size=6), check=False,
+                      env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    assert done.returncode == 1 and "a batch of 6 does not divide over 8 devices" in done.stderr
+
+
+def test_another_config_is_refused_naming_the_field(tmp_path, store):
+    config = tiny_config(store)
+    train.claim_workdir(config, tmp_path / "run")
+    train.claim_workdir(config, tmp_path / "run")
+    before = os.stat(tmp_path / "run" / "config.json").st_mtime_ns
+    with pytest.raises(InputError, match=r"config\.json: train\.batch_size is 8, the config given says 16"):
+        train.claim_workdir(tiny_config(store, batch_size=16), tmp_path / "run")
+    assert os.stat(tmp_path / "run" / "config.json").st_mtime_ns == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tmp_path, store):
+    config = tiny_config(store, learning_rate=1e30, clip_norm=1e30)
+    with pytest.raises(FloatingPointError, match=r"step \d+: \w+ is (inf|nan), tasks \['task"):
+        train.train(config, pairs.open_store(store), tmp_path / "run")
+    for step in (tmp_path / "run" / "checkpoints").glob("[0-9]*"):
+        _, params = checkpoints.load_latest(step.parent)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
