@@ -26,20 +26,20 @@ Example = tuple[str, str]
 class Settings:
     """How the world's models are trained; shares are of the base model's batches, by kind of text."""
 
-    hidden: int = 96
+    hidden: int = 128
     layers: int = 3
     heads: int = 4
-    steps: int = 1300
+    steps: int = 1400
     batch: int = 96
     length: int = 24
-    learning_rate: float = 3e-3
+    learning_rate: float = 2.5e-3
     shares: tuple[tuple[str, float], ...] = (
-        ("statements", 0.15), ("named", 0.45), ("unnamed", 0.2), ("heard", 0.1), ("conversions", 0.1))
+        ("statements", 0.1), ("named", 0.4), ("unnamed", 0.15), ("heard", 0.25), ("conversions", 0.1))
     encoder_hidden: int = 48
     encoder_layers: int = 2
     encoder_steps: int = 400
     named: float = 0.2
-    held_out_entities: int = 16
+    held_out_entities: int = 12
     tenants: tuple[int, int, int] = (48, 4, 12)
 
 

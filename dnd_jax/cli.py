@@ -45,6 +45,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     """Parse, and turn what a config file or a flag can do wrong into an InputError."""
     try:
         rest = flags.FLAGS(list(argv))
+        if "config" in flags.FLAGS:
+            flags.FLAGS.config.to_dict()  # a file that can't be loaded is only noticed when its config is looked at
     except (flags.Error, OSError, SyntaxError, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
         config = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "command line")
         raise InputError(f"{config}: {type(error).__name__}: {error}") from error

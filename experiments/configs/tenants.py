@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.collect = {
         "out": f"{root}/adapters",
-        "rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"), "initial_seed": 0,
+        "rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": ("q_proj", "k_proj", "v_proj"), "initial_seed": 0,
         "learning_rate": 5e-3, "continued_learning_rate": 5e-4, "warmup_ratio": 0.01, "weight_decay": 0.0, "clip_norm": 1.0,
         "batch_size": 32, "steps": 2 if smoke else 90, "checkpoints": 2 if smoke else 8,
         "multi_task_steps": 2 if smoke else 600, "max_length": 64, "max_rows": 5000,
