@@ -29,16 +29,16 @@ class Settings:
     hidden: int = 128
     layers: int = 3
     heads: int = 4
-    steps: int = 1400
+    steps: int = 2000
     batch: int = 96
     length: int = 24
     learning_rate: float = 2.5e-3
     shares: tuple[tuple[str, float], ...] = (
-        ("statements", 0.1), ("named", 0.4), ("unnamed", 0.15), ("heard", 0.25), ("conversions", 0.1))
+        ("statements", 0.05), ("named", 0.5), ("unnamed", 0.15), ("heard", 0.2), ("conversions", 0.1))
     encoder_hidden: int = 48
     encoder_layers: int = 2
     encoder_steps: int = 400
-    named: float = 0.2
+    named: float = 0.15
     held_out_entities: int = 12
     tenants: tuple[int, int, int] = (48, 4, 12)
 

@@ -47,8 +47,9 @@ def test_log_and_checkpoints_say_what_happened(tmp_path, store):
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "gradient_norm", "steps_per_s", "seconds"} <= log[0].keys() and "validation_loss" in log[1]
     step, params, about, metrics = checkpoints.load_best(tmp_path / "run" / "checkpoints")
-    assert step == min((e for e in log if "validation_loss" in e), key=lambda e: e["validation_loss"])["step"]
-    assert metrics["validation_loss"] == min(e.get("validation_loss", np.inf) for e in log)
+    validated = [entry for entry in log if "validation_loss" in entry]
+    best = max(validated, key=lambda entry: entry["validation_alignment"])
+    assert step == best["step"] and metrics["validation_loss"] == best["validation_loss"] and len(validated) == 3
     assert about["config"]["train"]["steps"] == 6 and about["features"][-1] == list(pairs.open_store(store).layout.shape)
     assert params["layers_0"]["norm"]["scale"].shape == (5, 4)
 
