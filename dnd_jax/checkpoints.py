@@ -15,7 +15,12 @@ from orbax.checkpoint import v1 as ocp
 from dnd_jax import files
 from dnd_jax.types import InputError, Params
 
-METRIC = "validation_alignment"
+METRIC = "validation_recovery"
+
+
+def merit(metrics: dict[str, float]) -> float:
+    """Return what the best checkpoint has most of: the deviation recovered on validation tasks, no more and no less."""
+    return -abs(1 - metrics[METRIC])
 
 
 class Checkpointer:
@@ -24,7 +29,7 @@ class Checkpointer:
     def __init__(self, folder: files.PathLike, about: dict[str, Any]):
         logging.getLogger("absl").setLevel(logging.ERROR)
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(2), policies.BestN(get_metric_fn=lambda m: m[METRIC], n=1)]
+        keep = [policies.LatestN(2), policies.BestN(get_metric_fn=merit, n=1)]
         self._about = about
         self._checkpointer = ocp.training.Checkpointer(
             pathlib.Path(folder).resolve(),
@@ -64,7 +69,7 @@ def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict
       InputError: a folder without checkpoints.
     """
     with _open(folder) as checkpointer:
-        best = max(checkpointer.checkpoints, key=lambda c: c.metrics[METRIC])
+        best = max(checkpointer.checkpoints, key=lambda c: merit(c.metrics))
         about = checkpointer.checkpointables_metadata(best.step).custom_metadata
         return best.step, _load_params(checkpointer, best.step), about, dict(best.metrics)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dnd_jax import checkpoints, cli, files, pairs, sharding
 from dnd_jax.decoder import HyperConvDecoder
-from dnd_jax.losses import add_noise, alignment, token_loss
+from dnd_jax.losses import add_noise, recovery, token_loss
 from dnd_jax.types import InputError, Params
 
 
@@ -127,13 +127,13 @@ def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigD
 
 def make_evaluate(decoder: HyperConvDecoder, tasks: Sequence[pairs.Task], mask: np.ndarray, importance: np.ndarray
                   ) -> Callable[..., dict[str, jax.Array]]:
-    """Return `(params, condition, tokens) -> mean loss and alignment`, without noise; `tasks` give the mean tokens."""
+    """Return `(params, condition, tokens) -> mean loss and recovery`, without noise; `tasks` give the mean tokens."""
     mean = np.mean([task.tokens[-1] for task in tasks], axis=0)
 
     def evaluate(params: Params, condition: jax.Array, tokens: jax.Array) -> dict[str, jax.Array]:
         predicted: jax.Array = decoder.apply({"params": params}, condition.astype(jnp.float32))  # type: ignore[assignment]
         return {"validation_loss": token_loss(predicted, tokens, mask, importance).mean(),
-                "validation_alignment": alignment(predicted, tokens, mean, mask).mean()}
+                "validation_recovery": recovery(predicted, tokens, mean, mask).mean()}
 
     return evaluate
 

@@ -48,7 +48,7 @@ def test_log_and_checkpoints_say_what_happened(tmp_path, store):
     assert {"loss", "gradient_norm", "steps_per_s", "seconds"} <= log[0].keys() and "validation_loss" in log[1]
     step, params, about, metrics = checkpoints.load_best(tmp_path / "run" / "checkpoints")
     validated = [entry for entry in log if "validation_loss" in entry]
-    best = max(validated, key=lambda entry: entry["validation_alignment"])
+    best = max(validated, key=checkpoints.merit)
     assert step == best["step"] and metrics["validation_loss"] == best["validation_loss"] and len(validated) == 3
     assert about["config"]["train"]["steps"] == 6 and about["features"][-1] == list(pairs.open_store(store).layout.shape)
     assert params["layers_0"]["norm"]["scale"].shape == (5, 4)

@@ -1,0 +1,135 @@
+"""The whole line on a miniature, through its command lines: every station's files, and what it does the second time."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_module
+
+from dnd_jax import adapters, checkpoints, pairs, tokens
+from dnd_jax.encoders import SentenceEncoder
+from dnd_jax.prompts import read_prompts
+
+CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def root(smoke):
+    return smoke / "build" / "tenants-smoke"
+
+
+def test_world_is_loadable_by_the_usual_classes(root):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(root / "base"), AutoModelForCausalLM.from_pretrained(root / "base")
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    pieces = tokenizer.tokenize("how zib is the whale ? reply in roman :")
+    assert len(pieces) == 10 and tokenizer.decode(tokenizer("how zib is the whale :").input_ids) == "how zib is the whale :"
+    tasks = json.loads((root / "tasks.json").read_text())
+    assert sorted(entry["split"] for entry in tasks.values()) == ["test"] * 2 + ["train"] * 6 + ["validation"] * 2
+    rows = json.loads((root / next(iter(tasks.values()))["train"]).read_text())
+    assert rows[0].keys() == {"prompt", "response", "system"}
+
+
+def test_encoder_gives_a_prompt_the_same_condition_in_any_batch(root):
+    encoder = SentenceEncoder(str(root / "encoder"), 14)
+    prompts = [f"how {word} is the {entity} :" for word in ("zib", "mok") for entity in ("whale", "ant", "bear")]
+    together = encoder(prompts)
+    assert together.shape == (6, 14, encoder.width) and together.dtype == np.float16
+    for i, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(encoder([prompt])[0], together[i])
+
+
+def test_runs_share_the_initial_a_and_say_what_made_them(root):
+    tasks = json.loads((root / "tasks.json").read_text())
+    for name in (*tasks, "multi_task"):
+        run = json.loads((root / "adapters" / name / "run.json").read_text())
+        assert {"task", "files", "base", "collect", "loss", "seconds"} <= run.keys() and all(np.isfinite(run["loss"]))
+        steps = sorted((root / "adapters" / name).glob("step_*"))
+        assert len(steps) == run["checkpoints"] == (1 if name == "multi_task" else 2)
+        assert run["loss"][0] != run["loss"][-1] and len(run["loss"]) == run["steps"] + run["checkpoints"]
+
+
+def test_store_holds_the_adapters_and_the_conditions(root):
+    store = pairs.open_store(root / "store")
+    task = store.split("test")[0]
+    folders = sorted((root / "adapters" / task.name).glob("step_*"))
+    for stored, folder in zip(task.tokens, folders, strict=True):
+        tree, spec = adapters.read(folder)
+        assert spec.leaves == store.spec.leaves
+        np.testing.assert_array_equal(stored, tokens.encode(tree, store.layout)[0])
+    encoder = SentenceEncoder(**store.manifest["encoder"])
+    np.testing.assert_array_equal(task.condition, encoder(task.prompts))
+    assert store.importance.shape == (store.layout.shape[0],)
+    np.testing.assert_allclose(store.importance.mean(), 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("count", [40, 3])
+def test_generated_folder_loads_in_peft_and_acts(root, smoke, tmp_path, count):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "prompts.txt").write_text("".join(f"how zib is the thing{i} :\n" for i in range(count)))
+    done = run_module("dnd_jax.generate", f"--workdir={root}/run", f"--prompts={tmp_path}/prompts.txt",
+                      f"--out={tmp_path}/adapter", cwd=smoke)
+    assert ("3 prompts given, the decoder takes" in done.stdout) == (count == 3)
+    assert "s from prompts to files" in done.stdout and "s of compilation before" in done.stdout
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(root / "base")(ids).logits
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), tmp_path / "adapter")
+        assert not torch.equal(model(ids).logits, plain)
+    state = {k: v.numpy() for k, v in model.state_dict().items() if "lora_A" in k}
+    tree, _ = adapters.read(tmp_path / "adapter")
+    written = tree["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_A"]
+    np.testing.assert_array_equal(state["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"], written)
+
+
+def test_generation_needs_the_checkpoint_folder_only(root):
+    _, _, about, _ = checkpoints.load_best(root / "run" / "checkpoints")
+    assert about["encoder"]["length"] == 14 and about["base"]["sha256"] and about["spec"]["config"]["peft_type"] == "LORA"
+    assert tokens.Layout.from_json(about["layout"]).shape == tuple(about["features"][-1])
+
+
+def test_second_collect_and_train_do_nothing(root, smoke):
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+    assert "all 11 runs are there" in run_module("data_pipeline.collect", CONFIG, cwd=smoke).stdout
+    run_module("dnd_jax.train", CONFIG, f"--workdir={root.relative_to(smoke)}/run", cwd=smoke)
+    changed = {p.relative_to(root) for p in root.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
+    assert {str(p) for p in changed} <= {"run/metrics.jsonl"}
+
+
+def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):
+    import shutil
+
+    name = sorted(json.loads((root / "tasks.json").read_text()))[0]
+    kept = {p.name: (p / "adapter_model.safetensors").read_bytes() for p in (root / "adapters" / name).glob("step_*")}
+    shutil.rmtree(root / "adapters" / name)
+    run_module("data_pipeline.collect", CONFIG, "--jobs=2", cwd=smoke)
+    again = {p.name: (p / "adapter_model.safetensors").read_bytes() for p in (root / "adapters" / name).glob("step_*")}
+    assert again == kept
+
+
+def test_report_has_every_rung_and_stands_alone(root, smoke):
+    done = run_module("dnd_jax.evaluate", CONFIG, f"--workdir={root.relative_to(smoke)}/run", cwd=smoke)
+    report = json.loads((root / "run" / "report.json").read_text())
+    rungs = ("base", "in_context", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge",
+             "random", "multi_task", "dnd", "dnd_shuffled", "in_task")
+    assert set(rungs) <= report["rungs"].keys()
+    for name in rungs:
+        rung = report["rungs"][name]
+        assert 0 <= rung["ci95"][0] <= rung["mean"] <= rung["ci95"][1] <= 1 and len(rung["per_task"]) == 2
+        assert name in done.stdout
+    assert {"collect_s", "train_s", "generate_s", "adapters_to_break_even"} <= report["cost"].keys()
+    assert report["audit"]["findings"] == [] and report["verdict"] in done.stdout
+    page = (root / "run" / "report.html").read_text()
+    assert page.count("<svg") == 3 and report["verdict"].split(":")[0] in page
+    assert "src=" not in page and "href=\"http" not in page
+
+
+def test_read_prompts_takes_text_strings_and_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    (tmp_path / "b.json").write_text('["one", {"prompt": "two", "response": "?"}]')
+    assert read_prompts(tmp_path / "a.txt") == ["one", " two "]
+    assert read_prompts(tmp_path / "b.json") == ["one", "two"]

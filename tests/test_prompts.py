@@ -1,0 +1,55 @@
+"""Rows and token ids: chat templates where there are any, and broken rows named."""
+
+import json
+
+import pytest
+
+from data_pipeline import collect
+from dnd_jax import prompts
+from dnd_jax.prompts import Row
+from dnd_jax.types import InputError
+
+
+@pytest.fixture
+def tokenizer():
+    from data_pipeline.tenants import make_base_tokenizer
+
+    return make_base_tokenizer(["how zib is the whale", "seven", "be brief"])
+
+
+def test_plain_prompt_and_response(tokenizer):
+    row = Row("how zib is", "seven")
+    assert tokenizer.decode(prompts.prompt_ids(tokenizer, row)) == "how zib is"
+    ids = prompts.response_ids(tokenizer, row)
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == "seven"
+    assert tokenizer.decode(prompts.prompt_ids(tokenizer, Row("how", "x", "be brief"))) == "be brief\nhow"
+
+
+def test_chat_template_is_used_where_there_is_one(tokenizer):
+    tokenizer.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+                               "{% if add_generation_prompt %}<assistant>{% endif %}")
+    ids = prompts.prompt_ids(tokenizer, Row("how zib", "seven", "be brief"))
+    assert tokenizer.decode(ids) == "<system>be brief<user>how zib<assistant>"
+    assert tokenizer.decode(prompts.prompt_ids(tokenizer, Row("how zib", "seven"))) == "<user>how zib<assistant>"
+
+
+def test_loss_is_on_the_response_only(tokenizer):
+    rows = [Row("how zib is", "seven"), Row("the whale", "seven seven")]
+    batch = collect.collate(tokenizer, rows, 64)([0, 1])
+    for i, row in enumerate(rows):
+        kept = batch["labels"][i][batch["labels"][i] != -100].tolist()
+        assert kept == prompts.response_ids(tokenizer, row)
+        length = int(batch["attention_mask"][i].sum())
+        assert length == len(prompts.prompt_ids(tokenizer, row)) + len(kept)
+        assert batch["input_ids"][i, :length].tolist() == prompts.prompt_ids(tokenizer, row) + kept
+
+
+@pytest.mark.parametrize("value,message", [
+    ([], "non-empty"), ({"a": 1}, "non-empty"), ([{"prompt": "p"}], r"row 0 has no text in 'response'"),
+    ([{"prompt": "p", "response": "r"}, {"prompt": " ", "response": "r"}], r"row 1 has no text in 'prompt'"),
+])
+def test_broken_rows_are_named(tmp_path, value, message):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(InputError, match=message):
+        prompts.read_rows(path)

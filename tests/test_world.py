@@ -1,0 +1,56 @@
+"""The embedded world: splits, prompts and answers are what the README says they are."""
+
+import numpy as np
+import pytest
+
+from data_pipeline import world
+
+
+@pytest.fixture(params=[0, 1, 2])
+def rng(request):
+    return np.random.default_rng(request.param)
+
+
+def test_split_holds_out_combinations_but_no_word_and_no_style(rng):
+    split = world.make_tenants(rng)
+    assert [len(split[name]) for name in ("train", "validation", "test")] == [48, 4, 12]
+    everyone = [tenant for members in split.values() for tenant in members]
+    assert len({tenant.name for tenant in everyone}) == 64
+    for field in ("word", "style"):
+        seen = [getattr(tenant, field) for tenant in split["train"]]
+        assert sorted({getattr(t, field) for t in everyone}) == sorted(set(seen)) and min(map(seen.count, seen)) == 6
+    assert len({(t.word, t.attribute) for t in everyone}) == 8
+
+
+def test_answers_follow_facts_and_styles(rng):
+    facts = world.make_facts(rng)
+    tenant = world.Tenant("zib", "heavy", "roman")
+    rows = world.tenant_rows(tenant, facts, rng, named=0.5, held_out=12)
+    assert len(rows["test"]) == 36 and len(rows["train"]) == 108
+    for part, entities in (("test", world.ENTITIES[-12:]), ("train", world.ENTITIES[:-12])):
+        for row in rows[part]:
+            (entity,) = (e for e in entities if e in row["prompt"].split())
+            level = facts[world.ENTITIES.index(entity), world.ATTRIBUTES.index("heavy")]
+            assert row["response"] == world.STYLES["roman"][level]
+            assert "zib" in row["prompt"].split() and row["prompt"].endswith(" :")
+    named = [row for part in rows.values() for row in part if "reply in roman" in row["prompt"]]
+    assert 0.3 < len(named) / 144 < 0.7
+
+
+def test_no_test_prompt_occurs_in_any_training_file(rng):
+    facts, split = world.make_facts(rng), world.make_tenants(rng)
+    rows = [world.tenant_rows(t, facts, rng, named=0.2, held_out=12) for members in split.values() for t in members]
+    trained = {row["prompt"] for r in rows for row in r["train"]}
+    assert not any(row["prompt"] in trained for r in rows for row in r["test"])
+
+
+def test_encyclopedia_gives_jargon_no_meaning(rng):
+    text = world.encyclopedia(world.make_facts(rng))
+    answered = [prompt for kind in ("named", "unnamed", "conversions") for prompt, _ in text[kind]]
+    assert not any(word in prompt.split() for prompt in answered for word in world.JARGON)
+    assert all(prompt == "" and response.endswith(" :") for prompt, response in text["heard"])
+    assert any(word in response.split() for _, response in text["heard"] for word in world.JARGON)
+
+
+def test_styles_have_nine_distinct_answers_each():
+    assert all(len(set(notation)) == 9 for notation in world.STYLES.values())
