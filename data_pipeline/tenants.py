@@ -34,7 +34,7 @@ class Settings:
     length: int = 24
     learning_rate: float = 2.5e-3
     shares: tuple[tuple[str, float], ...] = (
-        ("statements", 0.05), ("named", 0.5), ("unnamed", 0.15), ("heard", 0.2), ("conversions", 0.1))
+        ("statements", 0.05), ("named", 0.45), ("unnamed", 0.15), ("heard", 0.25), ("conversions", 0.1))
     encoder_hidden: int = 48
     encoder_layers: int = 2
     encoder_steps: int = 400

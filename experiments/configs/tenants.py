@@ -28,24 +28,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.base = f"{root}/base"
     config.tasks = f"{root}/tasks.json"
     config.encoder = {"name": f"{root}/encoder", "length": 14}
-    config.condition = {"prompts": 16}
+    config.condition = {"prompts": 20}
 
     config.collect = {
         "out": f"{root}/adapters",
         "rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": ("q_proj", "k_proj", "v_proj"), "initial_seed": 0,
         "learning_rate": 5e-3, "continued_learning_rate": 5e-4, "warmup_ratio": 0.01, "weight_decay": 0.0, "clip_norm": 1.0,
         "batch_size": 32, "steps": 2 if smoke else 90, "checkpoints": 2 if smoke else 8,
-        "multi_task_steps": 2 if smoke else 600, "max_length": 64, "max_rows": 5000,
+        "multi_task_steps": 2 if smoke else 1000, "max_length": 64, "max_rows": 5000,
     }
     config.export = {"store": f"{root}/store", "chunk": None}
-    config.decoder = {"blocks": ((24, 10, 48), (32, 6, 48)), "kernel_size": 5}
+    config.decoder = {"blocks": ((24, 10, 48), (32, 8, 48), (32, 6, 48)), "kernel_size": 5}
     config.train = {
-        "steps": 4 if smoke else 600, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.1,
+        "steps": 4 if smoke else 700, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.1,
         "clip_norm": 1.0, "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": True,
         "log_every": 1 if smoke else 10, "validate_every": 2 if smoke else 50, "validation_draws": 4,
     }
     config.evaluate = {
         "draws": 3, "batch_size": 64, "max_new_tokens": 4, "in_context_examples": 4, "ridge_draws": 8,
-        "top_k": (2, 4, 8, 16), "temperatures": (0.05, 0.2, 1.0), "penalties": (0.001, 0.01, 0.1, 1.0, 10.0),
+        "top_k": (2, 4, 8, 16), "temperatures": (0.05, 0.2, 1.0), "penalties": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
     }
     return config.lock()
