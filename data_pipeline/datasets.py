@@ -29,8 +29,10 @@ def read_tasks(path: files.PathLike) -> list[TaskFiles]:
     for name, entry in files.read_json(path).items():
         if entry.get("split") not in SPLITS:
             raise InputError(f"{path}: {name}: split is {entry.get('split')!r}, expected one of {SPLITS}")
+        if "train" not in entry:
+            raise InputError(f"{path}: {name}: names no 'train' file, only {sorted(entry)}")
         found = {part: path.parent / entry[part] for part in ("train", "test") if part in entry}
-        for file in (*found.values(), *([] if "train" in found else [path.parent / f"{name}_train.json"])):
+        for file in found.values():
             if not file.is_file():
                 raise InputError(f"{path}: {name}: {file} is not there")
         tasks.append(TaskFiles(name, entry["split"], found["train"], found.get("test")))

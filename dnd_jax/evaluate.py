@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from dnd_jax import adapters, baselines, cli, files, pairs, prompts, report, scoring
+from dnd_jax import adapters, baselines, cli, files, logs, pairs, prompts, report, scoring
 from dnd_jax.audit import audit
 from dnd_jax.baselines import Flat
 from dnd_jax.encoders import SentenceEncoder
@@ -170,7 +170,7 @@ def cost(ev: Evaluation, workdir: pathlib.Path) -> dict[str, float | None]:
     runs = {t.name: files.read_json(pathlib.Path(ev.config.collect.out) / t.name / "run.json") for t in ev.store.tasks}
     collect_s = sum(runs[t.name]["seconds"] for t in (*ev.train, *ev.validation))
     in_task_s = float(np.mean([runs[t.name]["seconds"] for t in ev.test]))
-    train_s = report.read_metrics(workdir)[-1]["seconds"]
+    train_s = logs.read_metrics(workdir)[-1]["seconds"]
     seconds = []
     for draw in range(10):
         began = time.perf_counter()

@@ -100,7 +100,7 @@ def sample(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int
     task = tasks[number]
     tokens = task.tokens[rng.integers(len(task.tokens))]
     chosen = draw_prompts(rng, len(task.condition), prompts)
-    return task.condition[np.sort(chosen)][np.argsort(np.argsort(chosen))], tokens, number
+    return task.condition[chosen], tokens, number
 
 
 def batch(tasks: Sequence[Task], seed: int, step: int, size: int, prompts: int

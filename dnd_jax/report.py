@@ -2,18 +2,16 @@
 
 import html
 import io
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dnd_jax import files
+from dnd_jax import files, logs
 from dnd_jax.prompts import Row
 from dnd_jax.scoring import exact_match
 from dnd_jax.statistics import Bootstrap
-from dnd_jax.types import InputError
 
 LABEL_FREE = ("base", "in_context", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge",
               "random", "multi_task")
@@ -85,22 +83,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `metrics.jsonl`."""
-    path = workdir / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
-
-
 # --- page ------------------------------------------------------------------------------------------------------------
 
 
 def write(result: dict[str, Any], workdir: pathlib.Path) -> None:
     """Write `report.json` and the self-contained `report.html`."""
     files.write_json(workdir / "report.json", result)
-    pictures = [("The ladder", _ladder(result)), ("By test task", _per_task(result)), ("Training", _curve(read_metrics(workdir)))]
+    pictures = [("The ladder", _ladder(result)), ("By test task", _per_task(result)), ("Training", _curve(logs.read_metrics(workdir)))]
     body = "".join(f"<h2>{title}</h2>\n{picture}\n" for title, picture in pictures)
     files.write_text(workdir / "report.html", f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dnd_jax: held-out tasks</title>

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from dnd_jax import checkpoints, cli, files, pairs, sharding
+from dnd_jax import checkpoints, cli, files, logs, pairs, sharding
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, recovery, token_loss
 from dnd_jax.types import InputError, Params
@@ -161,24 +161,25 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     state = checkpointer.restore(state) or state
     first = int(state.step)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0)
-    began, log = time.perf_counter(), {}
-    with contextlib.closing(checkpointer), MetricsLog(workdir / "metrics.jsonl", first) as metrics_log:
+    began = time.perf_counter()
+    with contextlib.closing(checkpointer), logs.MetricsLog(workdir, first) as metrics_log:
         for step in bar:
             condition, tokens, numbers = pairs.batch(tasks, config.seed, step, t.batch_size, config.condition.prompts)
             state, metrics = train_step(state, *sharding.put(mesh, condition, tokens))
             done = step + 1
-            if done % t.log_every == 0 or done == t.steps:
-                log = {"step": done} | {k: float(v) for k, v in metrics.items()}
-                check_finite(log, done, {tasks[n].name for n in numbers})
-                seconds = time.perf_counter() - began
-                log |= {"steps_per_s": (done - first) / seconds, "seconds": metrics_log.seconds + seconds}
-                bar.set_postfix(loss=f"{log['loss']:.4f}")
-            if done % t.validate_every == 0 or done == t.steps:
-                log |= {k: float(v) for k, v in evaluate(state.params, *validation).items()}
-                check_finite(log, done, {tasks[n].name for n in numbers})
-                checkpointer.save(done, state, {k: v for k, v in log.items() if k != "step"})
-            if log.get("step") == done:
-                metrics_log.append(log)
+            validates = done % t.validate_every == 0 or done == t.steps
+            if not (validates or done % t.log_every == 0):
+                continue
+            entry = {k: float(v) for k, v in metrics.items()}
+            if validates:
+                entry |= {k: float(v) for k, v in evaluate(state.params, *validation).items()}
+            check_finite(entry, done, {tasks[n].name for n in numbers})
+            seconds = time.perf_counter() - began
+            entry |= {"steps_per_s": (done - first) / seconds, "seconds": metrics_log.seconds + seconds}
+            metrics_log.append({"step": done} | entry)
+            bar.set_postfix(loss=f"{entry['loss']:.4f}")
+            if validates:
+                checkpointer.save(done, state, entry)
 
 
 def check_finite(metrics: dict[str, float], step: int, names: set[str]) -> None:
@@ -186,31 +187,6 @@ def check_finite(metrics: dict[str, float], step: int, names: set[str]) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"step {step}: {name} is {value}, tasks {sorted(names)}")
-
-
-class MetricsLog:
-    """An append-only file of one JSON object per logged step; lines past the step resumed from are dropped.
-
-    `seconds` is the training time that the lines kept stand for.
-    """
-
-    def __init__(self, path: pathlib.Path, first: int):
-        self.seconds = 0.0
-        if path.exists():
-            kept = [entry for entry in map(json.loads, path.read_text().splitlines()) if entry["step"] <= first]
-            files.write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
-            self.seconds = kept[-1]["seconds"] if kept else 0.0
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
-
-    def append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
 
 
 def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperConvDecoder) -> dict[str, Any]:
@@ -252,6 +228,9 @@ def define_flags() -> None:
 def main(args: Any) -> None:
     config, workdir = args.config, pathlib.Path(args.workdir)
     store = pairs.open_store(config.export.store)
+    for split in ("train", "validation"):
+        if not store.split(split):
+            raise InputError(f"{config.export.store}: has no {split} task, training needs at least one")
     claim_workdir(config, workdir)
     train(config, store, workdir)
 

@@ -71,6 +71,22 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, store):
     assert logs[0] == logs[1]
 
 
+def test_a_log_line_cut_short_by_a_kill_does_not_stop_resuming(tmp_path, store):
+    config = tiny_config(store)
+    train.train(config, pairs.open_store(store), tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 7, "lo')
+    train.train(config, pairs.open_store(store), tmp_path / "run")
+    assert path.read_text() == whole
+
+
+def test_a_store_without_validation_tasks_is_refused(tmp_path, rng):
+    store = make_store(tmp_path / "store", rng, validation=0)
+    done = run_module(*train_command(store, tmp_path / "run"), check=False)
+    assert done.returncode == 1 and "has no validation task" in done.stderr and not (tmp_path / "run").exists()
+
+
 def test_one_device_equals_eight(tmp_path, store):
     run_module(*train_command(store, tmp_path / "one"))
     run_module(*train_command(store, tmp_path / "eight"), env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
