@@ -3,7 +3,8 @@
     python -m data_pipeline.tenants --out=build/tenants --seed=0
 
 Writes `base/` and `encoder/`, loadable by transformers and sentence-transformers, `datasets/<tenant>_{train,test}.json`
-and `tasks.json`. Deterministic in the seed on one machine.
+and `tasks.json`; prints what the base model knows, and writes it to `base_model.json`. Deterministic in the seed on one
+machine.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import world
-from dnd_jax import cli, files
+from dnd_jax import cli, files, prompts, scoring
+from dnd_jax.prompts import Row
 
 Example = tuple[str, str]
 
@@ -109,7 +111,7 @@ def make_base(text: dict[str, list[Example]], s: Settings, seed: int) -> tuple[A
     return model, tokenizer
 
 
-def make_encoder(prompts: Sequence[str], s: Settings, seed: int) -> Any:
+def make_encoder(sentences: Sequence[str], s: Settings, seed: int) -> Any:
     """Train a miniature Sentence-BERT by masked words, without labels; return a SentenceTransformer."""
     import tempfile
 
@@ -118,13 +120,13 @@ def make_encoder(prompts: Sequence[str], s: Settings, seed: int) -> Any:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
-    tokenizer = make_encoder_tokenizer(prompts)
+    tokenizer = make_encoder_tokenizer(sentences)
     torch.manual_seed(seed)
     model = BertForMaskedLM(BertConfig(
         vocab_size=len(tokenizer), hidden_size=s.encoder_hidden, num_hidden_layers=s.encoder_layers, num_attention_heads=4,
         intermediate_size=2 * s.encoder_hidden, max_position_embeddings=64, initializer_range=0.12,
     ))
-    ids = tokenizer(list(prompts), padding=True, return_tensors="pt").input_ids
+    ids = tokenizer(list(sentences), padding=True, return_tensors="pt").input_ids
     special = ids <= 4
     generator = torch.Generator().manual_seed(seed)
 
@@ -176,6 +178,12 @@ def _optimize(model: Any, batches: Iterable[dict[str, Any]], steps: int, rate: f
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def exact(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
+    """Return the share of rows that the base model answers word for word."""
+    answers = scoring.greedy(model, tokenizer, [prompts.prompt_ids(tokenizer, row) for row in rows], 4)
+    return float(scoring.exact_match(answers, rows).mean())
+
+
 def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
     """Write the whole world, each part under its final name only when it is complete; `tasks.json` comes last."""
     rng = np.random.default_rng(seed)
@@ -186,6 +194,10 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
             for split in tenants.values() for t in split}
     text = world.encyclopedia(facts)
     base, tokenizer = make_base(text, s, seed)
+    questions = [Row(*text["named"][i]) for i in rng.choice(len(text["named"]), 1000, replace=False)]
+    asked = [Row(**row) for found in rows.values() for row in found["test"]]
+    known = {"fact_recall": exact(base, tokenizer, questions), "tenants_prompts": exact(base, tokenizer, asked)}
+    print(f"base model: fact recall {known['fact_recall']:.1%}, tenants' prompts {known['tenants_prompts']:.1%}")
     with files.atomic_folder(out / "base") as folder:
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -201,6 +213,7 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
                 for part in ("train", "test"):
                     files.write_json(folder / f"{tenant.name}_{part}.json", rows[tenant][part])
                     tasks[tenant.name][part] = f"datasets/{tenant.name}_{part}.json"
+    files.write_json(out / "base_model.json", known)
     files.write_json(out / "tasks.json", tasks)
 
 

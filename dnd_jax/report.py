@@ -89,7 +89,8 @@ def table(result: dict[str, Any]) -> str:
 def write(result: dict[str, Any], workdir: pathlib.Path) -> None:
     """Write `report.json` and the self-contained `report.html`."""
     files.write_json(workdir / "report.json", result)
-    pictures = [("The ladder", _ladder(result)), ("By test task", _per_task(result)), ("Training", _curve(logs.read_metrics(workdir)))]
+    metrics = logs.read_metrics(workdir)
+    pictures = [("The ladder", _ladder(result)), ("By test task", _per_task(result)), ("Training", _curve(metrics))]
     body = "".join(f"<h2>{title}</h2>\n{picture}\n" for title, picture in pictures)
     files.write_text(workdir / "report.html", f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dnd_jax: held-out tasks</title>
@@ -154,15 +155,31 @@ def _per_task(result: dict[str, Any]) -> str:
 
 
 def _curve(metrics: Sequence[dict[str, Any]]) -> str:
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     figure, axes = _figure(8, 3)
-    for key, label, color in (("loss", "training tasks", "#7f9db9"), ("validation_loss", "validation tasks", "#c03a2b")):
+    recovered = axes.twinx()
+    recovered.spines["top"].set_visible(False)
+    for on, key, label, color in (
+        (axes, "loss", "loss, training tasks", "#7f9db9"),
+        (axes, "validation_loss", "loss, validation tasks", "#c03a2b"),
+        (recovered, "validation_recovery", "deviation recovered, validation tasks (chooses the checkpoint)", "#444444"),
+    ):
         points = [(m["step"], m[key]) for m in metrics if key in m]
-        axes.plot(*zip(*points, strict=True), color=color, label=label)
+        on.plot(*zip(*points, strict=True), color=color, label=label, ls="-" if on is axes else ":")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks([tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if _within(tick, axes.get_ylim())])
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.legend(frameon=False)
+    recovered.set_ylim(0, 1)
+    figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.92), ncols=1, frameon=False, fontsize=9)
     return _svg(figure)
+
+
+def _within(value: float, bounds: tuple[float, float]) -> bool:
+    return bounds[0] <= value <= bounds[1]
 
 
 def _interval(bounds: Sequence[float]) -> str:

@@ -50,24 +50,25 @@ class Model:
         for start in range(0, len(ids), self._batch_size):
             chunk = ids[start : start + self._batch_size]
             if adapter:
-                answers += self._generate(chunk)
+                answers += greedy(self._model, self._tokenizer, chunk, self._max_new_tokens)
             else:
                 with self._model.disable_adapter():
-                    answers += self._generate(chunk)
+                    answers += greedy(self._model, self._tokenizer, chunk, self._max_new_tokens)
         return answers
 
-    def _generate(self, ids: Sequence[list[int]]) -> list[str]:
-        import torch
 
-        width, end = max(map(len, ids)), self._tokenizer.eos_token_id
-        device = self._model.device
-        with torch.inference_mode():
-            out = self._model.generate(
-                input_ids=torch.tensor([[end] * (width - len(x)) + x for x in ids], device=device),
-                attention_mask=torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=device),
-                max_new_tokens=self._max_new_tokens, do_sample=False, pad_token_id=end,
-            )
-        return [text.strip() for text in self._tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+def greedy(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    """Return the model's greedy continuations of token ids, padded to the left, as one batch."""
+    import torch
+
+    width, end = max(map(len, ids)), tokenizer.eos_token_id
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=torch.tensor([[end] * (width - len(x)) + list(x) for x in ids], device=model.device),
+            attention_mask=torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=model.device),
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=end,
+        )
+    return [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
 
 def exact_match(answers: Sequence[str], rows: Sequence[Row]) -> np.ndarray:

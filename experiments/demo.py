@@ -20,7 +20,7 @@ from dnd_jax import cli, files, report
 from experiments.configs import tenants
 
 CODE = {
-    "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py"),
+    "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),
     "collect": ("data_pipeline/collect.py", "data_pipeline/datasets.py", "dnd_jax/prompts.py"),
     "export": ("data_pipeline/export.py", "dnd_jax/adapters.py", "dnd_jax/tokens.py", "dnd_jax/pairs.py", "dnd_jax/encoders.py"),
     "train": ("dnd_jax/train.py", "dnd_jax/decoder.py", "dnd_jax/losses.py", "dnd_jax/checkpoints.py",
@@ -39,7 +39,7 @@ def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
     held_out = f"{root}/datasets/{{test}}_train.json"
     with_config = [f"--config=experiments/configs/tenants.py:{arg}" if arg else "--config=experiments/configs/tenants.py"]
     world = [f"--out={root}", f"--seed={config.seed}", *(["--smoke"] if "smoke" in arg else [])]
-    parts = [f"{root}/{name}" for name in ("base", "encoder", "datasets", "tasks.json")]
+    parts = [f"{root}/{name}" for name in ("base", "encoder", "datasets", "base_model.json", "tasks.json")]
     return {
         "tenants": (["data_pipeline.tenants", *world], parts),
         "collect": (["data_pipeline.collect", *with_config, f"--jobs={min(2, os.cpu_count() or 1)}"], [collected]),

@@ -1,21 +1,43 @@
-"""The demo: what has not changed is not done again."""
+"""The demo: what has not changed is not done again, and its numbers are the ones that the README claims."""
+
+import json
 
 import pytest
 from conftest import ROOT, run_module
 
 
-@pytest.mark.slow
-def test_second_demo_only_prints(tmp_path):
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the code and no build."""
     for name in ("dnd_jax", "data_pipeline", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
-    first = run_module("experiments.demo", "--arg=smoke", cwd=tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_second_demo_only_prints(project):
+    first = run_module("experiments.demo", "--arg=smoke", cwd=project)
     assert first.stdout.count("== ") == 6
-    build = tmp_path / "build"
+    build = project / "build"
     before = {p: p.stat().st_mtime_ns for p in build.rglob("*") if p.is_file()}
-    second = run_module("experiments.demo", "--arg=smoke", cwd=tmp_path)
+    second = run_module("experiments.demo", "--arg=smoke", cwd=project)
     assert "== " not in second.stdout and "dnd_shuffled" in second.stdout
     assert {p: p.stat().st_mtime_ns for p in build.rglob("*") if p.is_file()} == before
-    changed = build / "tenants-smoke" / "run" / "report.json"
-    changed.unlink()
-    third = run_module("experiments.demo", "--arg=smoke", cwd=tmp_path)
-    assert third.stdout.count("== ") == 1 and changed.exists()
+    lost = build / "tenants-smoke" / "run" / "report.json"
+    lost.unlink()
+    third = run_module("experiments.demo", "--arg=smoke", cwd=project)
+    assert third.stdout.count("== ") == 1 and lost.exists()
+
+
+@pytest.mark.slow
+def test_numbers_of_seed_0(project):
+    run_module("experiments.demo", cwd=project)
+    root = project / "build" / "tenants"
+    known = json.loads((root / "base_model.json").read_text())
+    assert known["fact_recall"] >= 0.95 and known["tenants_prompts"] < 0.1
+    report = json.loads((root / "run" / "report.json").read_text())
+    mean = {name: rung["mean"] for name, rung in report["rungs"].items()}
+    assert mean["in_task"] >= 0.8 and mean["base"] <= 0.1 and mean["mean_adapter"] <= 0.15
+    assert mean["dnd"] >= 0.45 and mean["dnd"] >= 0.55 * mean["in_task"]
+    assert report["differences"][f"dnd-{report['best_label_free']}"]["ci95"][0] > 0
+    assert report["differences"]["dnd-dnd_shuffled"]["ci95"][0] > 0
