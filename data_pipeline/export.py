@@ -39,6 +39,9 @@ def agree(reference: adapters.Spec, spec: adapters.Spec, where: pathlib.Path, fi
     for path in sorted(reference.leaves.keys() | spec.leaves.keys()):
         if reference.leaves.get(path) != spec.leaves.get(path):
             raise InputError(f"{where}: {path} is {spec.leaves.get(path)}, {first} has {reference.leaves.get(path)}")
+    for key in sorted(reference.carried.keys() | spec.carried.keys()):
+        if not np.array_equal(reference.carried.get(key), spec.carried.get(key)):
+            raise InputError(f"{where}: {key}, which no decoder generates, is not the same as in {first}")
 
 
 def read_tokens(run: pathlib.Path, reference: adapters.Spec, layout: Layout, first: pathlib.Path
