@@ -8,6 +8,7 @@ published recipe). A run is `out/<task>/{run.json,step_<n>/}`; finished runs are
 
 import dataclasses
 import functools
+import json
 import math
 import multiprocessing
 import os
@@ -50,9 +51,10 @@ def plan_runs(config: ml_collections.ConfigDict) -> list[Run]:
 def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
     """Return what a run depends on: prompts, base model, LoRA config and training settings, with hashes."""
     return {
-        "task": run.name, "split": run.split, "base": base_identity(config.base),
+        "task": run.name, "split": run.split, "base": base_identity(config.base), "seed": config.seed,
         "files": {str(file): files.sha256_file(file) for file in run.files},
-        "collect": {**config.collect.to_dict(), "out": None}, "steps": run.steps, "checkpoints": run.checkpoints,
+        "collect": json.loads(config.collect.to_json_best_effort()) | {"out": None},
+        "steps": run.steps, "checkpoints": run.checkpoints,
     }
 
 

@@ -40,7 +40,8 @@ def agree(reference: adapters.Spec, spec: adapters.Spec, where: pathlib.Path, fi
         if reference.leaves.get(path) != spec.leaves.get(path):
             raise InputError(f"{where}: {path} is {spec.leaves.get(path)}, {first} has {reference.leaves.get(path)}")
     for key in sorted(reference.carried.keys() | spec.carried.keys()):
-        if not np.array_equal(reference.carried.get(key), spec.carried.get(key)):
+        both = key in reference.carried and key in spec.carried
+        if not both or not np.array_equal(reference.carried[key], spec.carried[key]):
             raise InputError(f"{where}: {key}, which no decoder generates, is not the same as in {first}")
 
 
