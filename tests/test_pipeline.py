@@ -58,7 +58,7 @@ def test_store_holds_the_adapters_and_the_conditions(root):
         tree, spec = adapters.read(folder)
         assert spec.leaves == store.spec.leaves
         np.testing.assert_array_equal(stored, tokens.encode(tree, store.layout)[0])
-    encoder = SentenceEncoder(**store.manifest["encoder"])
+    encoder = SentenceEncoder(str(root / "encoder"), store.manifest["encoder"]["length"])
     np.testing.assert_array_equal(task.condition, encoder(task.prompts))
     assert store.importance.shape == (store.layout.shape[0],)
     np.testing.assert_allclose(store.importance.mean(), 1, rtol=1e-3)
