@@ -1,7 +1,8 @@
 """Checkpoints of a training run, by Orbax: the only file that knows it.
 
 A checkpoint holds the training state, its metrics, and `about`: config, layout, adapter spec, encoder and base model.
-One checkpoint folder is enough to generate.
+The folder is enough to generate, unless the adapters carry tensors that no decoder generates: those are read from the pair
+store.
 """
 
 import logging

@@ -144,7 +144,7 @@ def make_evaluate(decoder: HyperConvDecoder, tasks: Sequence[pairs.Task], mask: 
 def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathlib.Path) -> None:
     """Train from the latest checkpoint, or from the start, to `config.train.steps`.
 
-    Writes `checkpoints/<step>` every `validate_every` steps, with the loss on the validation tasks, and appends to
+    Writes `checkpoints/<step>` every `validate_every` steps, with loss and recovery on the validation tasks, and appends to
     `metrics.jsonl`. Raises FloatingPointError at a loss that isn't finite, before anything of it is saved.
     """
     t = config.train
