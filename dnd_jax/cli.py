@@ -1,5 +1,6 @@
 """What the command lines share: the `--config` flag, and bad input as one line instead of a traceback."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,8 +25,8 @@ def define_string(name: str, help_text: str) -> None:
     flags.mark_flag_as_required(name)
 
 
-def run(main: Callable[[Any], None], define_flags: Callable[[], None]) -> None:
-    """Define the flags, parse the command line and run `main(flags)`.
+def run(main: Callable[..., None], define_flags: Callable[[], None], *, words: bool = False) -> None:
+    """Define the flags, parse the command line and run `main(flags)`, or `main(flags, *words)` if it takes words.
 
     An InputError becomes one line on stderr and exit status 1. Flags are defined here, not at import, so that any
     module can import any other.
@@ -34,14 +35,14 @@ def run(main: Callable[[Any], None], define_flags: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app.run(lambda argv: main(flags.FLAGS), flags_parser=_parse_flags)
+        app.run(lambda argv: main(flags.FLAGS, *argv[1:]), flags_parser=functools.partial(_parse_flags, words=words))
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(1)  # native threads of torch and jax must not delay or change the status
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], words: bool) -> list[str]:
     """Parse, and turn what a config file or a flag can do wrong into an InputError."""
     try:
         rest = flags.FLAGS(list(argv))
@@ -50,7 +51,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, OSError, SyntaxError, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
         config = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "command line")
         raise InputError(f"{config}: {type(error).__name__}: {error}") from error
-    if len(rest) > 1:
+    if len(rest) > 1 and not words:
         raise InputError(f"command line: unexpected arguments {rest[1:]}")
     return rest
 

@@ -17,26 +17,57 @@ PathLike = str | os.PathLike[str]
 @contextlib.contextmanager
 def atomic_folder(final: PathLike) -> Iterator[pathlib.Path]:
     """Yield a new folder that takes the name `final`, replacing what was there, when the block ends without error."""
+    with temporary_folder(final) as temporary:
+        yield temporary
+        publish(temporary, final)
+
+
+@contextlib.contextmanager
+def temporary_folder(final: PathLike) -> Iterator[pathlib.Path]:
+    """Yield a new folder beside `final`; what is still there when the block ends is removed."""
     final = pathlib.Path(final)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _fsync(path)
-        _fsync(temporary)
-        if final.exists():
-            old = final.with_name(f".{final.name}.old-{os.getpid()}")
-            os.rename(final, old)
-            os.rename(temporary, final)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, final)
-        _fsync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: pathlib.Path, final: PathLike) -> None:
+    """Rename a complete folder to its final name, after its files are on disk, replacing a folder or link of that name."""
+    final = pathlib.Path(final)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            _fsync(path)
+    _fsync(temporary)
+    if final.is_symlink():
+        final.unlink()
+    if final.exists():
+        old = final.with_name(f".{final.name}.old-{os.getpid()}")
+        os.rename(final, old)
+        os.rename(temporary, final)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, final)
+    _fsync(final.parent)
+
+
+def link(final: PathLike, target: pathlib.Path) -> None:
+    """Make `final` a relative symbolic link to `target`, replacing a link of that name at once.
+
+    Raises:
+      InputError: something else than a link has that name.
+    """
+    final = pathlib.Path(final)
+    if final.exists() and not final.is_symlink():
+        raise InputError(f"{final}: is there and not a link; move it away")
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, final.parent), target_is_directory=True)
+    os.replace(temporary, final)
+    _fsync(final.parent)
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -110,3 +110,31 @@ def train_command(store, workdir, **train):
     return ["dnd_jax.train", f"--config={ROOT}/experiments/configs/tenants.py:smoke", f"--workdir={workdir}",
             f"--config.export.store={store}", "--config.condition.prompts=4", "--config.decoder.kernel_size=3",
             "--config.decoder.blocks=((6, 4, 6),)", *(f"--config.train.{k}={v}" for k, v in settings.items())]
+
+
+def small_base(architecture: str):
+    """Return a randomly initialised transformers model of a few thousand parameters."""
+    import transformers as t
+
+    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, pad_token_id=None, bos_token_id=None, eos_token_id=None, initializer_range=0.1)
+    experts = dict(num_experts_per_tok=2)
+    if architecture == "qwen2_5_vl":
+        vision = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=16, patch_size=4,
+                      spatial_merge_size=2, window_size=16, fullatt_block_indexes=[0])
+        text = sizes | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]}}
+        return t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(
+            text_config=text, vision_config=vision, **{f"{n}_token_id": 30 + i for i, n in enumerate(
+                ("image", "video", "vision_start", "vision_end"))}))
+    return {
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**sizes)),
+        "tied": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**sizes, tie_word_embeddings=True)),
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes)),
+        "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**sizes, head_dim=4)),
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, **experts, num_local_experts=3)),
+        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(
+            **sizes, **experts, num_experts=3, moe_intermediate_size=12, head_dim=4)),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=None, eos_token_id=None,
+            initializer_range=0.1)),
+    }[architecture]()

@@ -73,7 +73,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     (lambda t: t.update({f"{KEY}B.weight": np.ones((8, 3), np.float32)}), r"\[8, 3\] of rank 3, the config says 2"),
     (lambda t: t.update({f"{KEY}B.weight": np.full((8, 2), np.nan, np.float32)}), "not finite"),
     (lambda t: t.update({f"{KEY}A.weight": np.full((2, 8), np.inf, ml_dtypes.bfloat16)}), "not finite"),
-    (lambda t: t.update({"model.layers.0.extra": np.ones(2, np.float32)}), "starts with"),
+    (lambda t: t.update({"model.layers.0.extra": np.ones(2, np.float32)}), "expected dotted names after"),
 ])
 def test_broken_tensors_are_named(tmp_path, rng, change, message):
     write_adapter(tmp_path, rng)
@@ -84,7 +84,7 @@ def test_broken_tensors_are_named(tmp_path, rng, change, message):
 
 
 @pytest.mark.parametrize("text,message", [
-    ("{", "not JSON"), ('{"peft_type": "IA3"}', "'IA3', expected 'LORA'"), ("[]", r"\[\], expected 'LORA'"),
+    ("{", "not JSON"), ('{"peft_type": "IA3"}', "'IA3', expected 'LORA'"), ("[]", r"'\[\]', expected 'LORA'"),
 ])
 def test_broken_configs_are_named(tmp_path, rng, text, message):
     write_adapter(tmp_path, rng)

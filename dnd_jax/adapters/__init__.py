@@ -1,0 +1,21 @@
+"""PEFT LoRA folders <-> trees of matrices, without torch. `python -m dnd_jax.adapters check DIR` explains one.
+
+    spec.py          what an adapter is besides its matrices, and what its config says of a module
+    keys.py          what each tensor of the file is, and which are missing, extra or of a wrong shape
+    tensor_files.py  safetensors files, read with suspicion
+    folder.py        read and write
+    gauge.py         the same product B A by other matrices
+    profiles.py      the same adapter as other servers take it
+    check.py         an adapter in plain words
+    card.py          the README.md of a generated adapter
+"""
+
+from dnd_jax.adapters.folder import content_hash, read, write, write_addressed
+from dnd_jax.adapters.gauge import align, canonical
+from dnd_jax.adapters.keys import check_matches
+from dnd_jax.adapters.profiles import portable
+from dnd_jax.adapters.spec import Leaf, Spec, key_of
+from dnd_jax.types import InputError
+
+__all__ = ["InputError", "Leaf", "Spec", "align", "canonical", "check_matches", "content_hash", "key_of", "portable", "read",
+           "write", "write_addressed"]

@@ -1,0 +1,146 @@
+"""A PEFT LoRA folder <-> (tree, spec).
+
+The tree holds what a decoder generates, the matrices A `[r, in]` and B `[out, r]` of every adapted linear layer:
+
+    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight
+        <->  tree["model"]["layers"]["3"]["self_attn"]["q_proj"]["lora_A"]
+
+The spec holds all the rest of the folder, so that writing gives back the same tensors and an equal config.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dnd_jax import files
+from dnd_jax.adapters import keys
+from dnd_jax.adapters.spec import PREFIX, Leaf, Spec, key_of
+from dnd_jax.adapters.tensor_files import TensorFile, check_finite, open_regular, unique
+from dnd_jax.types import InputError, Tree
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+MAX_CONFIG_BYTES = 4 * 2**20
+
+
+def read(folder: files.PathLike) -> tuple[Tree, Spec]:
+    """Read a PEFT LoRA folder.
+
+    Returns:
+      The tree of A and B matrices in the dtypes of the file, and the spec.
+
+    Raises:
+      InputError: a missing or malformed file, one outside the folder, an adapter that isn't LoRA, a tensor that is missing,
+        extra, of a wrong shape or not finite; the message names file and key.
+    """
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    path = folder / TENSORS
+    if not path.exists() and (folder / PICKLE).exists():
+        raise InputError(f"{folder / PICKLE}: a pickle, which can run any code, is never loaded; save the adapter as {TENSORS}")
+    _check_inside(path, folder)
+    with TensorFile(path) as file:
+        try:
+            kinds = keys.check_keys(file.shapes, config)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        tensors = file.read()
+    flat, carried = {}, {}
+    for key, value in tensors.items():
+        if kinds[key] == keys.MATRIX and value.ndim == 2:
+            flat[key.removeprefix(PREFIX).removesuffix(".weight").replace(".", "/")] = value
+        else:
+            carried[key] = value
+    return unflatten_dict(flat, sep="/"), Spec(config, {p: Leaf(v.shape, v.dtype.name) for p, v in flat.items()}, carried)
+
+
+def read_config(folder: files.PathLike) -> dict[str, Any]:
+    """Return a folder's `adapter_config.json`, checked; raises InputError that names the file."""
+    path = pathlib.Path(folder) / CONFIG
+    _check_inside(path, pathlib.Path(folder))
+    with open_regular(path) as file:
+        text = file.read(MAX_CONFIG_BYTES + 1)
+    if len(text) > MAX_CONFIG_BYTES:
+        raise InputError(f"{path}: more than {MAX_CONFIG_BYTES} bytes")
+    try:
+        config = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {str(error)[:200]}") from error
+    try:
+        keys.check_config(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return config
+
+
+def write(folder: files.PathLike, tree: Tree, spec: Spec) -> None:
+    """Write a PEFT LoRA folder that `read` gives back as it is; the tree is cast to the spec's dtypes.
+
+    Raises:
+      InputError: a tree whose paths or shapes are not the spec's, or a value that isn't finite; nothing is written.
+    """
+    tensors = _tensors(tree, spec, str(folder))
+    with files.atomic_folder(folder) as temporary:
+        _write_files(temporary, tensors, spec)
+
+
+def write_addressed(root: files.PathLike, tree: Tree, spec: Spec, card: str | None = None) -> pathlib.Path:
+    """Write to `root/<hash of config and tensors>` and return that folder; one that is there already is left as it is.
+
+    Args:
+      root: folder of adapters.
+      tree: as for `write`.
+      spec: as for `write`.
+      card: text of the folder's README.md; not part of the hash.
+    """
+    root = pathlib.Path(root)
+    tensors = _tensors(tree, spec, str(root))
+    with files.temporary_folder(root / "adapter") as temporary:
+        _write_files(temporary, tensors, spec)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        final = root / content_hash(temporary)
+        if not final.exists():
+            files.publish(temporary, final)
+        elif content_hash(final) != final.name:
+            raise InputError(f"{final}: its content has hash {content_hash(final)}; move it away")
+    return final
+
+
+def content_hash(folder: files.PathLike) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 over names and bytes of a folder's config and tensors."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, TENSORS):
+        digest.update(f"{name}\0{files.sha256_file(pathlib.Path(folder) / name)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _tensors(tree: Tree, spec: Spec, where: str) -> dict[str, np.ndarray]:
+    """Return all tensors of the file by key, each checked to be finite after the cast to its dtype."""
+    flat = flatten_dict(tree, sep="/")
+    keys.check_matches(flat, spec, where)
+    tensors = dict(spec.carried)
+    for path, leaf in spec.leaves.items():
+        with np.errstate(over="ignore"):  # what overflows is found by the check below
+            value = np.ascontiguousarray(np.asarray(flat[path]).astype(leaf.dtype, copy=False))
+        check_finite(value, f"{where}: {path}")
+        tensors[key_of(path)] = value
+    return tensors
+
+
+def _write_files(folder: pathlib.Path, tensors: dict[str, np.ndarray], spec: Spec) -> None:
+    sets = {k: sorted(v) for k, v in spec.config.items() if k in ("target_modules", "exclude_modules") and isinstance(v, list)}
+    safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(spec.config | sets, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:
+    """Raise InputError at a link that leaves the folder, except to the blobs of the hub cache that the folder lies in."""
+    real, home = path.resolve(), folder.resolve()
+    allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise InputError(f"{path}: links to {real}, outside the folder")

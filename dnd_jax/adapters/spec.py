@@ -1,0 +1,93 @@
+"""What an adapter is besides its matrices, and what its config says of a module."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import regex
+
+from dnd_jax.types import InputError
+
+PREFIX = "base_model.model."
+REGEX_SECONDS = 0.1  # a stranger's pattern may take exponential time
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Shape and dtype name of one matrix of the tree."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Everything of an adapter folder that is not in its tree.
+
+    Attributes:
+      config: `adapter_config.json` as parsed.
+      leaves: what the tree must hold, by `/`-separated path.
+      carried: tensors that no decoder generates, by their key in the file, written back as they are.
+    """
+
+    config: dict[str, Any]
+    leaves: dict[str, Leaf]
+    carried: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return config and leaves as plain JSON values; `carried` arrays are stored apart."""
+        return {"config": self.config, "leaves": {p: [list(v.shape), v.dtype] for p, v in self.leaves.items()}}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], carried: dict[str, np.ndarray] | None = None) -> "Spec":
+        """Return the spec that `to_json` described."""
+        leaves = {p: Leaf(tuple(shape), dtype) for p, (shape, dtype) in value["leaves"].items()}
+        return cls(value["config"], leaves, carried or {})
+
+    @property
+    def modules(self) -> list[str]:
+        """The adapted modules, dotted names in order of the tree."""
+        return list(dict.fromkeys(path.rsplit("/", 1)[0].replace("/", ".") for path in self.leaves))
+
+    def pair(self, module: str) -> tuple[str, str]:
+        """Return the paths of a module's A and B."""
+        path = module.replace(".", "/")
+        return f"{path}/lora_A", f"{path}/lora_B"
+
+
+def key_of(path: str) -> str:
+    """Return a matrix's key in the file, given its path in the tree."""
+    return f"{PREFIX}{path.replace('/', '.')}.weight"
+
+
+def rank_of(module: str, config: Mapping[str, Any]) -> int:
+    """Return the rank that PEFT gives to a module (dotted name), by `rank_pattern` and then `r`."""
+    return _by_pattern(module, config.get("rank_pattern"), config["r"])
+
+
+def scale_of(module: str, config: Mapping[str, Any]) -> float:
+    """Return what PEFT multiplies B A by: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    rank = rank_of(module, config)
+    alpha = _by_pattern(module, config.get("alpha_pattern"), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if matches(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether the whole name matches a pattern from a config.
+
+    Raises:
+      InputError: not a regular expression, or one that takes longer than `REGEX_SECONDS`.
+    """
+    try:
+        return regex.fullmatch(pattern, name, timeout=REGEX_SECONDS) is not None
+    except (regex.error, TimeoutError) as error:
+        raise InputError(f"pattern {pattern[:80]!r}: {error or 'takes too long'}") from error

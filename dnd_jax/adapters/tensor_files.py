@@ -1,0 +1,149 @@
+"""Read a safetensors file with suspicion: every fault is found before its bytes are used, none crashes the process.
+
+Nothing is memory-mapped, because truncating a mapped file kills the process that maps it.
+"""
+
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from dnd_jax.types import InputError
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 50_000
+DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+          "I16": np.int16, "U16": np.uint16, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32,
+          "F32": np.float32, "I64": np.int64, "U64": np.uint64, "F64": np.float64}
+ITEMSIZE = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
+# All exponent bits set: the smallest pattern, sign apart, that is infinite or not a number.
+NOT_FINITE = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float32): 0x7F800000,
+              np.dtype(np.float64): 0x7FF0000000000000}
+
+Extent = tuple[str, tuple[int, ...], int, int]
+
+
+class TensorFile:
+    """An opened safetensors file whose header describes exactly its bytes: each tensor once and none empty.
+
+    Raises InputError on opening unless that is so. `shapes` maps keys to shapes; use as a context manager.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self._file = open_regular(self.path)
+        try:
+            self._start, self._entries = _read_header(self.path, self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        self.shapes = {key: shape for key, (_, shape, _, _) in self._entries.items()}
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Return all tensors, as writable views of one buffer, in their dtypes.
+
+        Raises:
+          InputError: a value that isn't finite, or a file that has shrunk since it was opened.
+        """
+        size = max((end for *_, end in self._entries.values()), default=0)
+        buffer = np.empty(size, np.uint8)
+        self._file.seek(self._start)
+        if (found := self._file.readinto(memoryview(buffer))) != size:
+            raise InputError(f"{self.path}: {found} bytes of tensors read, the header says {size}")
+        tensors = {}
+        for key, (dtype, shape, begin, end) in self._entries.items():
+            part = buffer[begin:end]
+            aligned = begin % ITEMSIZE[dtype] == 0
+            tensors[key] = (part if aligned else part.copy()).view(DTYPES[dtype]).reshape(shape)
+            check_finite(tensors[key], f"{self.path}: {key}")
+        return tensors
+
+
+def open_regular(path: pathlib.Path) -> BinaryIO:
+    """Open a regular file, unbuffered; raise InputError for anything else (a pipe would wait for ever)."""
+    try:
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"{path}: not a regular file")
+    return file  # type: ignore[return-value]
+
+
+def check_finite(value: np.ndarray, where: str) -> None:
+    """Raise InputError if a value is infinite or not a number; integers and 8-bit floats are let through.
+
+    Compares bit patterns, which takes two passes and no memory: as signed integers for the positive ones, as unsigned
+    ones, where the sign bit makes them the largest, for the negative.
+    """
+    if (limit := NOT_FINITE.get(value.dtype)) is None or value.size == 0:
+        return
+    bits = value.dtype.itemsize * 8
+    value = np.ascontiguousarray(value).reshape(-1)
+    if value.view(f"i{bits // 8}").max() >= limit or value.view(f"u{bits // 8}").max() >= limit + (1 << bits - 1):
+        raise InputError(f"{where}: holds a value that is not finite")
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON pairs; raise ValueError at a key that occurs twice (for `object_pairs_hook`)."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} occurs twice")
+    return found
+
+
+def _read_header(path: pathlib.Path, file: BinaryIO) -> tuple[int, dict[str, Extent]]:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 10 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise InputError(f"{path}: header of {length} bytes in a file of {size}, at most {MAX_HEADER_BYTES}")
+    text = file.read(length)
+    if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise InputError(f"{path}: {count} tensors, at most {MAX_TENSORS}")
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: header is not JSON with unique keys: {str(error)[:200]}") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: header is a {type(header).__name__}, expected an object")
+    header.pop("__metadata__", None)
+    entries = {key: _extent(path, key, entry) for key, entry in header.items()}
+    end = 0
+    for key, (_, _, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2]):
+        if begin != end:
+            raise InputError(f"{path}: {key} begins at byte {begin}, the tensor before it ends at {end}")
+        end = stop
+    if end != size - 8 - length:
+        raise InputError(f"{path}: tensors end at byte {end}, the file's data at {size - 8 - length}")
+    return 8 + length, entries
+
+
+def _extent(path: pathlib.Path, name: str, entry: Mapping[str, Any]) -> Extent:
+    try:
+        (begin, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        item = ITEMSIZE[dtype]
+        integers = all(type(x) is int and 0 <= x < 1 << 48 for x in (begin, stop, *shape))
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: {name[:200]}: malformed entry {str(error)[:80]}") from error
+    count = item
+    for dimension in shape if integers and len(shape) <= 8 else (0,):
+        count *= dimension
+    if count == 0:
+        raise InputError(f"{path}: {name[:200]}: shape {str(shape)[:80]} is empty or not one of an array")
+    if stop - begin != count:
+        raise InputError(f"{path}: {name[:200]}: bytes {begin} to {stop} do not hold {dtype} {shape}")
+    return dtype, tuple(shape), begin, stop

@@ -1,0 +1,165 @@
+"""Every LoRA feature that PEFT saves: folder -> tree -> folder, with equal tensors, config and logits."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from conftest import small_base
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from dnd_jax import adapters
+from dnd_jax.adapters import check, keys
+
+QV = ["q_proj", "v_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# name: (base architecture, LoraConfig fields, kinds of tensors that are carried beside A and B)
+FEATURES = {
+    "all_linear": ("qwen2", dict(target_modules="all-linear"), set()),
+    "rank_pattern": ("qwen2", dict(target_modules=QV, rank_pattern={"layers.1.self_attn.q_proj": 3, ".*v_proj": 1}), set()),
+    "alpha_pattern": ("qwen2", dict(target_modules=QV, alpha_pattern={"v_proj": 9}), set()),
+    "rslora": ("qwen2", dict(target_modules=QV, use_rslora=True), set()),
+    "dora": ("qwen2", dict(target_modules=QV, use_dora=True), {keys.MAGNITUDE}),
+    "lora_bias": ("qwen2", dict(target_modules=QV, lora_bias=True), {keys.LORA_BIAS}),
+    "bias_all": ("qwen2", dict(target_modules=QV, bias="all"), {keys.BIAS}),
+    "bias_lora_only": ("qwen2", dict(target_modules=QV, bias="lora_only"), {keys.BIAS}),
+    "modules_to_save": ("qwen2", dict(target_modules=QV, modules_to_save=["lm_head", "norm"]), {keys.MODULE}),
+    "embedding": ("qwen2", dict(target_modules=[*QV, "embed_tokens"]), {keys.EMBEDDING, keys.VOCABULARY}),
+    "embedding_only": ("qwen2", dict(target_modules=["embed_tokens"]), {keys.EMBEDDING, keys.VOCABULARY}),
+    "tied_embedding": ("tied", dict(target_modules=[*QV, "embed_tokens"]), {keys.EMBEDDING, keys.VOCABULARY}),
+    "tied_module": ("tied", dict(target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+                    {keys.MODULE, keys.VOCABULARY}),
+    "layers_to_transform": ("qwen2", dict(target_modules=QV, layers_to_transform=[1]), set()),
+    "exclude_modules": ("qwen2", dict(target_modules="all-linear", exclude_modules=["down_proj", "q_proj"]), set()),
+    "regex": ("qwen2", dict(target_modules=r".*layers\.1\..*(q|v)_proj"), set()),
+    "token_indices": ("qwen2", dict(target_modules=QV, trainable_token_indices=[1, 5]), {keys.TOKENS}),
+    "tied_token_indices": ("tied", dict(target_modules=QV, trainable_token_indices={"embed_tokens": [1, 5]}), {keys.TOKENS}),
+    "experts": ("mixtral", dict(target_modules=QV, target_parameters=EXPERTS), set()),
+    "experts_only": ("qwen3_moe", dict(target_modules=[], target_parameters=EXPERTS), set()),
+    "kasa": ("qwen2", dict(target_modules=QV, kasa_config=True), {keys.VARIANT}),
+    "llama": ("llama", dict(target_modules="all-linear"), set()),
+    "gemma": ("gemma", dict(target_modules="all-linear"), set()),
+    "gpt2": ("gpt2", dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), set()),
+    "gpt2_dora": ("gpt2", dict(target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True), {keys.MAGNITUDE}),
+    "vision_language": ("qwen2_5_vl", dict(target_modules="all-linear"), set()),
+}
+
+
+def make_adapter(folder, feature):
+    """Save base and adapter, every adapter tensor moved away from its start, to `folder/base` and `folder/adapter`."""
+    architecture, fields, _ = FEATURES[feature]
+    torch.manual_seed(0)
+    base = small_base(architecture)
+    base.save_pretrained(folder / "base")
+    base = type(base).from_pretrained(folder / "base")
+    if fields.get("kasa_config"):
+        from peft.tuners.lora.config import KasaConfig
+
+        fields = fields | {"kasa_config": KasaConfig()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT has a hint for some of these features
+        model = get_peft_model(base, LoraConfig(r=2, lora_alpha=5, task_type="CAUSAL_LM", **fields))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.save_pretrained(folder / "adapter")
+
+
+def logits(base, folder, dtype=torch.float32):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        architecture = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
+        model = architecture.from_pretrained(base)
+        model = PeftModel.from_pretrained(model, folder) if folder else model
+    with torch.no_grad():
+        return model.to(dtype).eval()(torch.arange(1, 13)[None]).logits
+
+
+def rewrite_config(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture(scope="module", params=FEATURES)
+def adapter(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    make_adapter(folder, request.param)
+    return folder, FEATURES[request.param][2]
+
+
+def test_round_trip_gives_equal_tensors_config_and_logits(adapter):
+    folder, carried = adapter
+    tree, spec = adapters.read(folder / "adapter")
+    assert set(keys.count_kinds(spec)) == carried
+    adapters.write(folder / "ours", tree, spec)
+    before, after = (safetensors.torch.load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "ours"))
+    assert before.keys() == after.keys()
+    assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
+    configs = [json.loads((folder / name / "adapter_config.json").read_text()) for name in ("adapter", "ours")]
+    for config in configs:
+        for field in ("target_modules", "exclude_modules"):
+            config[field] = sorted(config[field]) if isinstance(config[field], list) else config[field]
+    assert configs[0] == configs[1]
+    ours = logits(folder / "base", folder / "ours")
+    assert torch.equal(logits(folder / "base", folder / "adapter"), ours)
+    assert not torch.allclose(logits(folder / "base", None), ours, atol=1e-3)
+
+
+def test_dropping_what_is_carried_changes_logits_or_the_read(adapter):
+    """The carried tensors matter: without them the adapter is refused, or PEFT loads something else."""
+    folder, carried = adapter
+    if not carried - {keys.VOCABULARY}:
+        pytest.skip("nothing is carried")
+    tree, spec = adapters.read(folder / "adapter")
+    bare = adapters.Spec(spec.config, spec.leaves)
+    adapters.write(folder / "bare", tree, bare)
+    try:
+        adapters.read(folder / "bare")
+    except adapters.InputError as error:
+        assert "missing" in str(error) or "holds no" in str(error)
+    else:
+        assert not torch.equal(logits(folder / "base", folder / "bare"), logits(folder / "base", folder / "adapter"))
+
+
+def test_portable_gives_equal_logits_or_says_why_not(adapter):
+    folder, _ = adapter
+    tree, spec = adapters.read(folder / "adapter")
+    obstacles = adapters.profiles.beyond_lora(spec)
+    if obstacles:
+        with pytest.raises(adapters.InputError, match="no portable profile"):
+            adapters.portable(tree, spec)
+        return
+    adapters.write(folder / "portable", *adapters.portable(tree, spec))
+    _, plain = adapters.read(folder / "portable")
+    assert plain.config["r"] == plain.config["lora_alpha"] == 8 and not plain.config["rank_pattern"]
+    assert not adapters.profiles.vllm_obstacles(plain) and not adapters.profiles.sglang_obstacles(plain)
+    # In float64, so that the order of the base model's own sums doesn't count.
+    faithful, portable = (logits(folder / "base", folder / name, torch.float64) for name in ("adapter", "portable"))
+    assert 0 < float((faithful - portable).abs().max()) <= 1e-6
+
+
+def test_check_explains(adapter):
+    folder, carried = adapter
+    text = check.explain(folder / "adapter")
+    assert "yes: every tensor is expected" in text
+    assert all(kind in text for kind in carried)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept(tmp_path, dtype):
+    make_adapter(tmp_path, "all_linear")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {k: v.to(dtype) for k, v in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    tree, spec = adapters.read(tmp_path / "adapter")
+    adapters.write(tmp_path / "ours", tree, spec)
+    after = safetensors.torch.load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert all(after[k].dtype == dtype and torch.equal(tensors[k], after[k]) for k in tensors)
+    plain, _ = adapters.portable(tree, spec)
+    scaled = plain["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_B"]
+    np.testing.assert_array_equal(scaled[:, :2], np.float32(2.5) * np.asarray(
+        tree["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_B"], np.float32))
