@@ -2,8 +2,8 @@
 
     python -m data_pipeline.collect --config=experiments/configs/tenants.py --jobs=2
 
-Each task is trained to a point, then continued with every step saved, all tasks from one initial A (reference: the
-published recipe). A run is `out/<task>/{run.json,step_<n>/}`; finished runs are skipped, unfinished ones start over.
+Each task is trained to a point, then continued with every step saved, all tasks from one initial A, as published, unless
+`collect.seed_per_task`. A run is `out/<task>/{run.json,step_<n>/}`; finished runs are skipped, unfinished ones start over.
 """
 
 import dataclasses
@@ -54,8 +54,14 @@ def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
         "task": run.name, "split": run.split, "base": base_identity(config.base), "seed": config.seed,
         "files": {str(file): files.sha256_file(file) for file in run.files},
         "collect": json.loads(config.collect.to_json_best_effort()) | {"out": None},
-        "steps": run.steps, "checkpoints": run.checkpoints,
+        "steps": run.steps, "checkpoints": run.checkpoints, "initial_seed": initial_seed(config, run),
     }
+
+
+def initial_seed(config: ml_collections.ConfigDict, run: Run) -> int:
+    """Return the seed of a run's initial A: one for all, as published, or with `seed_per_task` one made of its name."""
+    c = config.collect
+    return c.initial_seed + (int(files.sha256_text(run.name)[:6], 16) if c.seed_per_task else 0)
 
 
 def base_identity(base: str) -> dict[str, str]:
@@ -82,7 +88,7 @@ def is_finished(folder: pathlib.Path, expected: dict[str, Any]) -> bool:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def load_model(base: str, lora: tuple[tuple[str, Any], ...], seed: int) -> tuple[Any, Any, dict[str, Any]]:
     """Load base and tokenizer, add LoRA layers; return the PEFT model, the tokenizer and the initial LoRA weights."""
     import torch
@@ -159,7 +165,7 @@ def collect_one(config: ml_collections.ConfigDict, run: Run) -> str:
     began = time.perf_counter()
     c = config.collect
     lora = {"r": c.rank, "lora_alpha": c.alpha, "target_modules": c.target_modules, "lora_dropout": c.dropout}
-    model, tokenizer, initial = load_model(config.base, tuple(lora.items()), c.initial_seed)
+    model, tokenizer, initial = load_model(config.base, tuple(lora.items()), initial_seed(config, run))
     for name, parameter in model.named_parameters():
         if name in initial:
             parameter.data.copy_(initial[name])

@@ -3,10 +3,9 @@
     python -m data_pipeline.export --config=experiments/configs/tenants.py
 """
 
-import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -15,11 +14,12 @@ import safetensors.numpy
 from jaxtyping import Float
 from tqdm import tqdm
 
-from data_pipeline import collect, datasets
+from data_pipeline import agreement, collect, datasets
 from dnd_jax import adapters, cli, files, pairs, prompts, tokens
+from dnd_jax.adapters import Spec
 from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.tokens import Layout
-from dnd_jax.types import InputError
+from dnd_jax.types import InputError, Tree
 
 
 def step_folders(run: pathlib.Path) -> list[pathlib.Path]:
@@ -30,30 +30,31 @@ def step_folders(run: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def agree(reference: adapters.Spec, spec: adapters.Spec, where: pathlib.Path, first: pathlib.Path) -> None:
-    """Raise InputError unless two adapters have the same config and matrices; the message names both values."""
-    for key in sorted(reference.config.keys() | spec.config.keys()):
-        ours, theirs = (_unordered(s.config.get(key)) for s in (spec, reference))
-        if ours != theirs:
-            raise InputError(f"{where}: {key} is {ours!r}, {first} has {theirs!r}")
-    for path in sorted(reference.leaves.keys() | spec.leaves.keys()):
-        if reference.leaves.get(path) != spec.leaves.get(path):
-            raise InputError(f"{where}: {path} is {spec.leaves.get(path)}, {first} has {reference.leaves.get(path)}")
-    for key in sorted(reference.carried.keys() | spec.carried.keys()):
-        both = key in reference.carried and key in spec.carried
-        if not both or not np.array_equal(reference.carried[key], spec.carried[key]):
-            raise InputError(f"{where}: {key}, which no decoder generates, is not the same as in {first}")
+def read_run(run: pathlib.Path, change: Callable[[Tree], Tree], reference: Spec, layout: Layout, first: str
+             ) -> tuple[Float[np.ndarray, "K T H W"] | None, Spec, list[str]]:
+    """Return the weight tokens of all checkpoints of a run, padding NaN, its last spec, and what it disagrees on.
 
-
-def read_tokens(run: pathlib.Path, reference: adapters.Spec, layout: Layout, first: pathlib.Path
-                ) -> Float[np.ndarray, "K T H W"]:
-    """Return the weight tokens of all checkpoints of a run, padding NaN."""
-    encoded = []
+    Tokens are None where the run disagrees.
+    """
+    encoded, found = [], []
     for folder in step_folders(run):
         tree, spec = adapters.read(folder)
-        agree(reference, spec, folder, first)
-        encoded.append(tokens.encode(tree, layout)[0])
-    return np.stack(encoded)
+        agreement.refuse_altered_base(spec, str(folder))
+        found += agreement.disagreements(reference, spec, str(folder), first)
+        if not found:
+            encoded.append(tokens.encode(change(tree), layout)[0])
+    return (None if found else np.stack(encoded)), spec, found
+
+
+def make_gauge(name: str, reference: Tree, spec: Spec) -> Callable[[Tree], Tree]:
+    """Return the change of matrices that keeps products: `none`, `canonical`, or `align` to a reference's A."""
+    changes: dict[str, Callable[[Tree], Tree]] = {
+        "none": lambda tree: tree, "canonical": adapters.canonical, "align": lambda tree: adapters.align(tree, reference)}
+    if name not in changes:
+        raise InputError(f"config.export.gauge is {name!r}, expected one of {sorted(changes)}")
+    if name != "none" and spec.config.get("target_parameters"):
+        raise InputError(f"config.export.gauge is {name!r}, but the runs adapt stacks of experts, where it isn't defined")
+    return changes[name]
 
 
 def importance(per_task: Sequence[Float[np.ndarray, "K T H W"]]) -> Float[np.ndarray, " T"]:
@@ -73,18 +74,21 @@ def importance(per_task: Sequence[Float[np.ndarray, "K T H W"]]) -> Float[np.nda
 def export(config: ml_collections.ConfigDict) -> None:
     """Write the pair store of `config.export.store` whole, or raise InputError and write nothing."""
     tasks, runs = datasets.read_tasks(config.tasks), pathlib.Path(config.collect.out)
-    first = step_folders(runs / tasks[0].name)[0]
-    _, reference = adapters.read(first)
+    first = step_folders(runs / tasks[0].name)[-1]
+    reference_tree, reference = adapters.read(first)
+    agreement.refuse_altered_base(reference, str(first))
     layout = tokens.plan(reference, config.export.chunk)
-    base = files.read_json(runs / tasks[0].name / "run.json")["base"]
-    if base != (found := collect.base_identity(config.base)):
-        raise InputError(f"{runs / tasks[0].name}: collected on base {base}, the config's is {found}")
+    change = make_gauge(config.export.gauge, reference_tree, reference)
+    base = check_runs(config, [runs / task.name for task in tasks])
     encoder = SentenceEncoder(config.encoder.name, config.encoder.length)
     entries: dict[str, dict[str, Any]] = {}
     with files.atomic_folder(config.export.store) as folder:
-        weighed = []
+        weighed, specs, found = [], {}, []
         for task in tqdm(tasks, desc="export"):
-            encoded = read_tokens(runs / task.name, reference, layout, first)
+            encoded, spec, differences = read_run(runs / task.name, change, reference, layout, str(first))
+            found += differences
+            if encoded is None:
+                continue
             texts = [row.prompt for row in prompts.read_rows(task.train)]
             target = folder / "tasks" / task.name
             target.mkdir(parents=True)
@@ -94,19 +98,32 @@ def export(config: ml_collections.ConfigDict) -> None:
             entries[task.name] = {"split": task.split, "checkpoints": len(encoded), "prompts": len(texts)}
             if task.split == "train":
                 weighed.append(encoded)
+                specs[str(runs / task.name)] = spec
+        agreement.raise_all(found)
         np.save(folder / "importance.npy", importance(weighed))
-        if reference.carried:
-            safetensors.numpy.save_file(reference.carried, folder / "carried.safetensors")
+        carried, averaged = agreement.default_parts(specs)
+        if carried:
+            safetensors.numpy.save_file(carried, folder / pairs.CARRIED)
         files.write_json(folder / "manifest.json", {
             "format": pairs.FORMAT, "base": base, "spec": reference.to_json(), "layout": layout.to_json(),
+            "gauge": config.export.gauge, "averaged": averaged,
             "encoder": {"name": config.encoder.name, "length": config.encoder.length}, "tasks": entries,
             "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()},
         })
     print(f"{config.export.store}: {len(tasks)} tasks, tokens {list(layout.shape)}, chunk {layout.chunk}")
 
 
-def _unordered(value: Any) -> Any:
-    return sorted(value, key=json.dumps) if isinstance(value, list) else value
+def check_runs(config: ml_collections.ConfigDict, folders: Sequence[pathlib.Path]) -> dict[str, str]:
+    """Return the base that all runs were collected on; raise InputError naming every run with another base or initial A."""
+    records = {str(folder): files.read_json(folder / "run.json") for folder in folders}
+    base = collect.base_identity(config.base)
+    found = [f"{name}: collected on base {record['base']}, the config's is {base}"
+             for name, record in records.items() if record["base"] != base]
+    seeds = {name: record.get("initial_seed") for name, record in records.items()}
+    if not config.collect.seed_per_task:
+        found += agreement.check_initial_seeds(seeds, config.export.gauge)
+    agreement.raise_all(found)
+    return base
 
 
 def define_flags() -> None:

@@ -1,8 +1,7 @@
 """Checkpoints of a training run, by Orbax: the only file that knows it.
 
-A checkpoint holds the training state, its metrics, and `about`: config, layout, adapter spec, encoder and base model.
-The folder is enough to generate, unless the adapters carry tensors that no decoder generates: those are read from the pair
-store.
+A checkpoint holds the training state, its metrics, and `about`: config, layout, adapter spec, encoder and base model. The
+workdir around it is enough to generate.
 """
 
 import logging

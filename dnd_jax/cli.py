@@ -4,7 +4,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import ml_collections
 from absl import app, flags, logging

@@ -40,8 +40,8 @@ def publish(temporary: pathlib.Path, final: PathLike) -> None:
     final = pathlib.Path(final)
     for path in temporary.rglob("*"):
         if path.is_file():
-            _fsync(path)
-    _fsync(temporary)
+            sync(path)
+    sync(temporary)
     if final.is_symlink():
         final.unlink()
     if final.exists():
@@ -51,23 +51,25 @@ def publish(temporary: pathlib.Path, final: PathLike) -> None:
         shutil.rmtree(old)
     else:
         os.rename(temporary, final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
-def link(final: PathLike, target: pathlib.Path) -> None:
-    """Make `final` a relative symbolic link to `target`, replacing a link of that name at once.
+def check_link(name: PathLike) -> pathlib.Path:
+    """Return a path that `link` can make a link; raise InputError if something else has that name."""
+    path = pathlib.Path(name)
+    if path.exists() and not path.is_symlink():
+        raise InputError(f"{path}: is there and not a link; move it away")
+    return path
 
-    Raises:
-      InputError: something else than a link has that name.
-    """
-    final = pathlib.Path(final)
-    if final.exists() and not final.is_symlink():
-        raise InputError(f"{final}: is there and not a link; move it away")
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+
+def link(name: PathLike, target: pathlib.Path) -> None:
+    """Make `name` a relative symbolic link to `target`, replacing a link of that name at once."""
+    path = check_link(name)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, final.parent), target_is_directory=True)
-    os.replace(temporary, final)
-    _fsync(final.parent)
+    temporary.symlink_to(os.path.relpath(target, path.parent), target_is_directory=True)
+    os.replace(temporary, path)
+    sync(path.parent)
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -77,9 +79,22 @@ def write_text(path: PathLike, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
-        _fsync(temporary)
+        sync(temporary)
         os.rename(temporary, path)
-        _fsync(path.parent)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy(source: PathLike, target: PathLike) -> None:
+    """Copy a file to `target` through a temporary name in the same folder."""
+    target = pathlib.Path(target)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        shutil.copyfile(source, temporary)
+        sync(temporary)
+        os.rename(temporary, target)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -119,7 +134,8 @@ def sha256_folder(folder: PathLike, pattern: str = "*") -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: pathlib.Path) -> None:
+def sync(path: PathLike) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,12 @@
 """Generate an adapter from unlabeled prompts.
 
-    python -m dnd_jax.generate --workdir=build/tenants/run --prompts=my_prompts.txt --out=my_adapter
+    python -m dnd_jax.generate --workdir=build/tenants/run --prompts=my_prompts.txt --out=adapters/mine
+
+Writes `adapters/<hash of the content>/`, a PEFT folder with a card, and makes `adapters/mine` a link to it: servers that
+cache by path never see another adapter under an old name.
 """
 
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,16 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from absl import flags
 from jaxtyping import Float
 
-from dnd_jax import adapters, checkpoints, cli, files, pairs, prompts, tokens
+from dnd_jax import adapters, baselines, checkpoints, cli, files, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
+from dnd_jax.adapters.card import card
+from dnd_jax.adapters.tensor_files import TensorFile
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.tokens import Layout
-from dnd_jax.types import InputError, Tree
+from dnd_jax.types import Tree
 
 
 class Generator:
@@ -30,7 +35,7 @@ class Generator:
         self.step, params, self.about, self.metrics = checkpoints.load_best(f"{workdir}/checkpoints")
         features = tuple(map(tuple, self.about["features"]))
         self.prompts, self.layout = features[0][0], Layout.from_json(self.about["layout"])
-        self.spec = Spec.from_json(self.about["spec"], carried_of(self.about))
+        self.spec = Spec.from_json(self.about["spec"], carried_of(workdir, self.about))
         decoder = HyperConvDecoder(features, self.about["kernel_size"])
         self._params = jax.device_put(params)
         began = time.perf_counter()
@@ -50,15 +55,26 @@ class Generator:
         return tokens.decode(out, self.layout)
 
 
-def carried_of(about: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """Return the tensors that the decoder doesn't generate, from the pair store it was trained on."""
+def carried_of(workdir: files.PathLike, about: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """Return the tensors that the decoder doesn't generate, from the workdir."""
     if not about["carried"]:
         return None
-    path = f"{about['store']}/carried.safetensors"
-    try:
-        return safetensors.numpy.load_file(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error}; the checkpoint's adapters carry {about['carried']} tensors from it") from error
+    with TensorFile(pathlib.Path(workdir) / pairs.CARRIED) as file:
+        return file.read()
+
+
+def describe_carried(about: dict[str, Any]) -> str:
+    """Return which parts of an adapter are not generated, in words; empty if all are."""
+    parts = [f"{count} x {kind}" + (" (mean of the training runs)" if kind in about["averaged"] else "")
+             for kind, count in about["carried"].items()]
+    return f"not generated but taken from the training runs: {', '.join(parts)}" if parts else ""
+
+
+def nearest_tasks(about: dict[str, Any], condition: Float[np.ndarray, "N L C"], count: int = 3) -> list[tuple[str, float]]:
+    """Return the training tasks whose prompts are most like these, with the cosines of their pooled embeddings."""
+    known = np.array(list(about["embeddings"].values()))
+    cosines = baselines.similarities(baselines.pool(condition), known)
+    return [(list(about["embeddings"])[i], float(cosines[i])) for i in np.argsort(-cosines)[:count]]
 
 
 def choose(available: Sequence[str], count: int, seed: int) -> list[str]:
@@ -72,19 +88,33 @@ def choose(available: Sequence[str], count: int, seed: int) -> list[str]:
 def define_flags() -> None:
     cli.define_string("workdir", "Folder of a training run.")
     cli.define_string("prompts", "Text file with a prompt a line, or JSON list of prompts or rows.")
-    cli.define_string("out", "Adapter folder to write.")
+    cli.define_string("out", "Name for the adapter: a link to the folder beside it that has its content's hash for a name.")
     flags.DEFINE_integer("seed", 0, "Draws the prompts where the file holds more than the decoder takes.")
+    flags.DEFINE_enum("profile", "faithful", ["faithful", "portable"], "As trained, or plain LoRA as vLLM and SGLang take it.")
 
 
 def main(args: Any) -> None:
     texts = prompts.read_prompts(args.prompts)
     generator = Generator(args.workdir)
     encoder = SentenceEncoder(**generator.about["encoder"])
+    out = files.check_link(args.out)
     began = time.perf_counter()
-    tree = generator(encoder(choose(texts, generator.prompts, args.seed)))
-    adapters.write(args.out, tree, generator.spec)
+    condition = encoder(choose(texts, generator.prompts, args.seed))
+    tree, spec = generator(condition), generator.spec
+    if args.profile == "portable":
+        tree, spec = adapters.portable(tree, spec)
+    text = card(spec, generator.about, {
+        "decoder checkpoint": f"{pathlib.Path(args.workdir).resolve().name}, step {generator.step}", "profile": args.profile,
+        "prompts": f"{len(texts)} from {pathlib.Path(args.prompts).name}, sha256 {files.sha256_file(args.prompts)}",
+        "nearest training tasks": ", ".join(f"{n} ({c:.2f})" for n, c in nearest_tasks(generator.about, condition)),
+        "date": time.strftime("%Y-%m-%d"),
+    }, describe_carried(generator.about))
+    folder = adapters.write_addressed(out.parent, tree, spec, text)
+    files.link(out, folder)
     seconds = time.perf_counter() - began
-    print(f"{args.out}: checkpoint {generator.step}, {seconds:.3f} s from prompts to files, "
+    if remark := describe_carried(generator.about):
+        print(remark)
+    print(f"{out} -> {folder.name}: checkpoint {generator.step}, {seconds:.3f} s from prompts to files, "
           f"{generator.compile_s:.3f} s of compilation before")
 
 

@@ -2,6 +2,7 @@
 
     store/manifest.json                      format, base model, adapter spec, layout, encoder, tasks, hashes
     store/importance.npy                     float32 [T]
+    store/carried.safetensors                what generated adapters hold beside A and B, if anything
     store/tasks/<task>/tokens.npy            float32 [K, T, H, W], one entry per checkpoint
     store/tasks/<task>/condition.npy         float16 [P, L, C], one entry per prompt
     store/tasks/<task>/prompts.json          the P prompts
@@ -21,7 +22,8 @@ from dnd_jax.adapters import Spec
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError
 
-FORMAT = 1
+FORMAT = 2
+CARRIED = "carried.safetensors"
 SPLITS = ("train", "validation", "test")
 
 
@@ -66,7 +68,7 @@ def open_store(folder: files.PathLike) -> Store:
             raise InputError(f"{folder / name}: missing, the manifest lists it")
         if (found := files.sha256_file(folder / name)) != expected:
             raise InputError(f"{folder / name}: sha256 is {found}, the manifest says {expected}")
-    carried = folder / "carried.safetensors"
+    carried = folder / CARRIED
     spec = Spec.from_json(manifest["spec"], safetensors.numpy.load_file(carried) if carried.exists() else None)
     return Store(
         folder, manifest, Layout.from_json(manifest["layout"]), spec, np.load(folder / "importance.npy"),

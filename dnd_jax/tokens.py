@@ -51,6 +51,10 @@ class Layout:
     def tiles(self, matrix: Matrix) -> int:
         return -(-matrix.width // self.chunk)
 
+    def last_width(self, matrix: Matrix) -> int:
+        """Return how many columns of a matrix's last tile are used."""
+        return (matrix.width - 1) % self.chunk + 1
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """The token block (T, H, W)."""
@@ -96,22 +100,40 @@ def encode(tree: Tree, layout: Layout) -> tuple[TokenArray, TokenMask]:
     """Return an adapter as weight tokens, float32 `[T, H, W]`, and the mask of positions that carry a value.
 
     Positions that carry none, in partial tiles, are NaN as in the published code. A tile of equal values has deviation
-    0 and zeros inside. `decode` inverts up to float32 rounding.
+    0 and zeros inside. `decode` inverts up to float32 rounding. Matrix by matrix, so that one stays in cache.
     """
     flat = flatten_dict(tree, sep="/")
-    inside = _tile_mask(layout)
-    tiles = np.zeros(inside.shape, np.float32)
+    mask = mask_of(layout)
+    tokens = np.empty(layout.shape, np.float32)
+    if not mask.all():
+        tokens[~mask] = np.nan
     for m in layout.matrices:
         value = np.asarray(flat[m.path])
-        tiles[_place(m, layout)] = _cut(value.T if m.transposed else value, layout.chunk)
-    mean, std = _moments(tiles, inside)
-    tokens = np.full(layout.shape, np.nan, np.float32)
-    standardised = (tiles - mean) / np.where(std > 0, std, 1)
-    tokens[:, :-2, :-2] = standardised if inside.all() else np.where(inside, standardised, np.nan)
-    pair = np.concatenate([mean * 8, np.log(std * np.float32(0.9) + np.float32(0.1)) + np.float32(1.6)], axis=2)
-    tokens[:, -2:, :] = np.tile(pair, (1, 1, layout.chunk // 2 + 2))[..., : layout.chunk + 2]
-    tokens[:, :, -2:] = pair
-    return tokens, ~np.isnan(tokens)
+        tiles = _cut(value.T if m.transposed else value, layout.chunk)
+        count, last = np.full((len(tiles), 1, 1), m.rank * layout.chunk, np.float32), layout.last_width(m)
+        count[-1] = m.rank * last
+        mean = _published_sum(tiles)[:, None, None] / count
+        tiles -= mean
+        tiles[-1, :, last:] = 0
+        square = np.vecdot(tiles, tiles).sum(1, dtype=np.float64)[:, None, None]
+        std = np.sqrt(square / np.maximum(count - 1, 1)).astype(np.float32)
+        place = slice(m.first, m.first + len(tiles))
+        tokens[place, : m.rank, :-2] = np.divide(tiles, np.where(std > 0, std, 1), out=tiles)
+        tokens[place.stop - 1, : m.rank, last:-2] = np.nan
+        pair = np.concatenate([mean * 8, np.log(std * np.float32(0.9) + np.float32(0.1)) + np.float32(1.6)], axis=2)
+        tokens[place, -2:, :] = np.tile(pair, (1, 1, layout.chunk // 2 + 2))[..., : layout.chunk + 2]
+        tokens[place, :, -2:] = pair
+    return tokens, mask
+
+
+def mask_of(layout: Layout) -> TokenMask:
+    """Return where tokens `[T, H, W]` carry a value: all but the missing ranks and the ends of partial tiles."""
+    mask = np.ones(layout.shape, bool)
+    for m in layout.matrices:
+        stop = m.first + layout.tiles(m)
+        mask[m.first : stop, m.rank : -2, :-2] = False
+        mask[stop - 1, :-2, layout.last_width(m) : -2] = False
+    return mask
 
 
 def decode(tokens: TokenArray, layout: Layout) -> Tree:
@@ -128,40 +150,26 @@ def decode(tokens: TokenArray, layout: Layout) -> Tree:
         np.concatenate([rows[:, :, j::2].reshape(len(tokens), -1), columns[:, :, j]], axis=1).mean(1) for j in (0, 1)
     )
     std = (np.exp(log_std - np.float32(1.6)) - np.float32(0.1)) / np.float32(0.9)
-    tiles = tokens[:, :-2, :-2] * std[:, None, None] + (mean / 8)[:, None, None]
     flat = {}
     for m in layout.matrices:
-        value = tiles[_place(m, layout)].swapaxes(0, 1).reshape(m.rank, -1)[:, : m.width]
-        flat[m.path] = np.ascontiguousarray(value.T if m.transposed else value)
+        place = slice(m.first, m.first + layout.tiles(m))
+        tiles = tokens[place, : m.rank, :-2] * std[place, None, None]
+        tiles += (mean[place] / 8)[:, None, None]
+        value = tiles.transpose((0, 2, 1) if m.transposed else (1, 0, 2))
+        shape = (-1, m.rank) if m.transposed else (m.rank, -1)
+        kept = (slice(m.width), slice(None)) if m.transposed else (slice(None), slice(m.width))
+        flat[m.path] = np.ascontiguousarray(value.reshape(shape)[kept])
     return unflatten_dict(flat, sep="/")
 
 
 def _cut(value: np.ndarray, chunk: int) -> np.ndarray:
-    """Cut `[r, width]` into tiles `[n, r, chunk]`, the last one filled up with zeros."""
+    """Cut `[r, width]` into contiguous float32 tiles `[n, r, chunk]`, the last one filled up with zeros."""
     rank, width = value.shape
-    value = np.pad(value, ((0, 0), (0, -width % chunk)))
-    return value.reshape(rank, -1, chunk).swapaxes(0, 1)
-
-
-def _place(matrix: Matrix, layout: Layout) -> tuple[slice, slice]:
-    return slice(matrix.first, matrix.first + layout.tiles(matrix)), slice(matrix.rank)
-
-
-def _tile_mask(layout: Layout) -> np.ndarray:
-    """Return where tiles `[T, r, c]` carry a matrix element."""
-    count, height, width = layout.shape
-    inside = np.zeros((count, height - 2, width - 2), bool)
-    for m in layout.matrices:
-        inside[_place(m, layout)] = _cut(np.ones((m.rank, m.width), bool), layout.chunk)
-    return inside
-
-
-def _moments(tiles: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and unbiased standard deviation of each tile's elements, `[T, 1, 1]`; tiles are zero outside."""
-    count = inside.sum((1, 2), keepdims=True, dtype=np.float32)
-    mean = _published_sum(tiles)[:, None, None] / count
-    square = np.square(tiles - mean).sum((1, 2), keepdims=True, dtype=np.float64, where=inside)
-    return mean, np.sqrt(square / np.maximum(count - 1, 1)).astype(np.float32)
+    if width % chunk:
+        value = np.pad(value, ((0, 0), (0, -width % chunk)))
+    tiles = np.empty((value.shape[1] // chunk, rank, chunk), np.float32)
+    tiles[:] = value.reshape(rank, -1, chunk).swapaxes(0, 1)
+    return tiles
 
 
 def _published_sum(tiles: np.ndarray) -> np.ndarray:
@@ -171,7 +179,8 @@ def _published_sum(tiles: np.ndarray) -> np.ndarray:
     every standardised element by 2e-5 there.
     """
     count, rank, chunk = tiles.shape
-    lanes = np.pad(tiles, ((0, 0), (0, 0), (0, -chunk % 32))).reshape(count, rank, -1, 4, 8)
+    padded = np.pad(tiles, ((0, 0), (0, 0), (0, -chunk % 32))) if chunk % 32 else tiles
+    lanes = padded.reshape(count, rank, -1, 4, 8)
     rows = lanes.sum(2).sum(2).cumsum(2)[..., -1]
     return rows.cumsum(1)[:, -1]
 

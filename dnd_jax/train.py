@@ -21,7 +21,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from dnd_jax import checkpoints, cli, files, logs, pairs, sharding
+from dnd_jax import baselines, checkpoints, cli, files, logs, pairs, sharding
+from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, recovery, token_loss
 from dnd_jax.types import InputError, Params
@@ -194,8 +195,9 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
     return {
         "config": json.loads(cli.config_json(config)), "features": [list(map(int, f)) for f in decoder.features],
         "kernel_size": decoder.kernel_size, "layout": store.layout.to_json(), "spec": store.manifest["spec"],
-        "encoder": store.manifest["encoder"], "base": store.manifest["base"], "store": str(store.folder),
-        "carried": len(store.spec.carried),
+        "encoder": store.manifest["encoder"], "base": store.manifest["base"], "carried": keys.count_kinds(store.spec),
+        "averaged": store.manifest["averaged"],
+        "embeddings": {t.name: baselines.pool(t.condition).round(6).tolist() for t in store.split("train")},
     }
 
 
@@ -232,6 +234,8 @@ def main(args: Any) -> None:
         if not store.split(split):
             raise InputError(f"{config.export.store}: has no {split} task, training needs at least one")
     claim_workdir(config, workdir)
+    if store.spec.carried:
+        files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
     train(config, store, workdir)
 
 

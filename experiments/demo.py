@@ -19,13 +19,15 @@ from absl import flags
 from dnd_jax import cli, files, report
 from experiments.configs import tenants
 
+ADAPTERS = tuple(f"dnd_jax/adapters/{name}.py" for name in ("spec", "keys", "tensor_files", "folder", "gauge"))
 CODE = {
     "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),
     "collect": ("data_pipeline/collect.py", "data_pipeline/datasets.py", "dnd_jax/prompts.py"),
-    "export": ("data_pipeline/export.py", "dnd_jax/adapters.py", "dnd_jax/tokens.py", "dnd_jax/pairs.py", "dnd_jax/encoders.py"),
+    "export": ("data_pipeline/export.py", "data_pipeline/agreement.py", *ADAPTERS, "dnd_jax/tokens.py", "dnd_jax/pairs.py",
+               "dnd_jax/encoders.py"),
     "train": ("dnd_jax/train.py", "dnd_jax/decoder.py", "dnd_jax/losses.py", "dnd_jax/checkpoints.py",
               "dnd_jax/sharding.py", "dnd_jax/logs.py"),
-    "generate": ("dnd_jax/generate.py",),
+    "generate": ("dnd_jax/generate.py", "dnd_jax/adapters/card.py"),
     "evaluate": ("dnd_jax/evaluate.py", "dnd_jax/baselines.py", "dnd_jax/scoring.py", "dnd_jax/report.py",
                  "dnd_jax/statistics.py", "dnd_jax/audit.py"),
 }
@@ -45,7 +47,7 @@ def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
         "collect": (["data_pipeline.collect", *with_config, f"--jobs={min(2, os.cpu_count() or 1)}"], [collected]),
         "export": (["data_pipeline.export", *with_config], [store]),
         "train": (["dnd_jax.train", *with_config, f"--workdir={run}"], [run]),
-        "generate": (["dnd_jax.generate", f"--workdir={run}", f"--prompts={held_out}", f"--out={root}/generated"],
+        "generate": (["dnd_jax.generate", f"--workdir={run}", f"--prompts={held_out}", f"--out={root}/generated/{{test}}"],
                      [f"{root}/generated"]),
         "evaluate": (["dnd_jax.evaluate", *with_config, f"--workdir={run}"], [f"{run}/report.json", f"{run}/report.html"]),
     }

@@ -86,7 +86,7 @@ def make_store(folder, rng, *, train=3, validation=1, checkpoints=2, prompts=6, 
     listed = [folder / "importance.npy", *sorted((folder / "tasks").rglob("*.*"))]
     files.write_json(folder / "manifest.json", {
         "format": pairs.FORMAT, "base": {"name": "base", "sha256": "0"}, "spec": spec.to_json(), "layout": layout.to_json(),
-        "encoder": {"name": "none", "length": length}, "tasks": entries,
+        "gauge": "none", "averaged": [], "encoder": {"name": "none", "length": length}, "tasks": entries,
         "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in listed},
     })
     return folder
@@ -116,12 +116,13 @@ def small_base(architecture: str):
     """Return a randomly initialised transformers model of a few thousand parameters."""
     import transformers as t
 
-    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, pad_token_id=None, bos_token_id=None, eos_token_id=None, initializer_range=0.1)
-    experts = dict(num_experts_per_tok=2)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+             "initializer_range": 0.1}
+    experts = {"num_experts_per_tok": 2}
     if architecture == "qwen2_5_vl":
-        vision = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=16, patch_size=4,
-                      spatial_merge_size=2, window_size=16, fullatt_block_indexes=[0])
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16, "patch_size": 4,
+                      "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [0]}
         text = sizes | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]}}
         return t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(
             text_config=text, vision_config=vision, **{f"{n}_token_id": 30 + i for i, n in enumerate(

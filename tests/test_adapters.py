@@ -6,10 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import write_adapter
+from conftest import run_module, write_adapter
 from flax.traverse_util import flatten_dict
 
 from dnd_jax import adapters
+from dnd_jax.adapters import tensor_files
 
 
 def test_tree_is_the_modules_nested(tmp_path, rng):
@@ -108,3 +109,55 @@ def test_write_refuses_another_tree_and_leaves_nothing(tmp_path, rng):
     with pytest.raises(adapters.InputError, match="not finite"):
         adapters.write(tmp_path / "out", tree, spec)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_addressed_folders_have_their_hash_for_a_name_and_are_written_once(tmp_path, rng):
+    write_adapter(tmp_path / "in", rng)
+    tree, spec = adapters.read(tmp_path / "in")
+    first = adapters.write_addressed(tmp_path / "out", tree, spec, "a card")
+    assert first.name == adapters.content_hash(first) and (first / "README.md").read_text() == "a card"
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    assert adapters.write_addressed(tmp_path / "out", tree, spec, "another card") == first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
+    tree["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_A"] += 1
+    assert adapters.write_addressed(tmp_path / "out", tree, spec) != first
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_damaged_addressed_folder_is_named(tmp_path, rng):
+    write_adapter(tmp_path / "in", rng)
+    folder = adapters.write_addressed(tmp_path / "out", *adapters.read(tmp_path / "in"))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(adapters.InputError, match=f"{folder.name}: its content has hash"):
+        adapters.write_addressed(tmp_path / "out", *adapters.read(tmp_path / "in"))
+
+
+def test_check_command_explains_or_fails(tmp_path, rng):
+    write_adapter(tmp_path / "adapter", rng, rank=3)
+    done = run_module("dnd_jax.adapters", "check", tmp_path / "adapter")
+    for part in ("rank 3, scale 1.33333", "4 in 2 layers: q_proj, v_proj", "nothing beside A and B", "yes: every tensor",
+                 "rank 3 (it takes 1, 8,", "SGLang      takes it", "portable profile"):
+        assert part in done.stdout, done.stdout
+    (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
+    done = run_module("dnd_jax.adapters", "check", tmp_path / "adapter", check=False)
+    assert done.returncode == 1 and "adapter_config.json: peft_type is" in done.stderr and "Traceback" not in done.stderr
+    assert run_module("dnd_jax.adapters", "chekc", tmp_path, check=False).stderr.startswith("error: command line")
+
+
+def test_a_cast_that_overflows_is_refused(tmp_path, rng):
+    write_adapter(tmp_path / "in", rng, dtype=np.float16)
+    tree, spec = adapters.read(tmp_path / "in")
+    tree["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_A"] = np.full((2, 8), 1e6, np.float32)
+    with pytest.raises(adapters.InputError, match=r"q_proj/lora_A: holds a value that is not finite"):
+        adapters.write(tmp_path / "out", tree, spec)
+
+
+def test_every_dtype_is_read(tmp_path, rng):
+    dtypes = (np.bool_, np.uint8, np.int8, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, np.int16, np.uint16, np.float16,
+              ml_dtypes.bfloat16, np.int32, np.uint32, np.float32, np.float64, np.int64, np.uint64)
+    tensors = {f"{name}.é.{i}": rng.normal(size=(i + 1, 3)).astype(dtype) for i, dtype in enumerate(dtypes) for name in "ba"}
+    tensors["scalar"] = np.array(3, np.float32)
+    safetensors.numpy.save_file(tensors, tmp_path / "file")
+    with tensor_files.TensorFile(tmp_path / "file") as file:
+        back = file.read()
+    assert all(back[key].dtype == value.dtype and np.array_equal(back[key], value) for key, value in tensors.items())

@@ -41,7 +41,7 @@ def test_store_of_another_format_or_content(tmp_path, rng):
     path.write_bytes(sound)
     manifest = json.loads((store / "manifest.json").read_text())
     (store / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    refuse(*command, cwd=tmp_path, contains=["manifest.json", "99", "expected 1"])
+    refuse(*command, cwd=tmp_path, contains=["manifest.json", "99", "expected 2"])
 
 
 def test_workdir_of_another_config(tmp_path, rng):

@@ -18,6 +18,7 @@ from dnd_jax import adapters
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
+TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 ENTRY = {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}
 
 
@@ -87,7 +88,8 @@ def directory(folder):
 
 
 def many(count):
-    return {f"{MODULE}{i}.lora_A.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(count)}
+    one = {"dtype": "F32", "shape": [1, 1]}
+    return {f"{MODULE}{i}.lora_A.weight": one | {"data_offsets": [4 * i, 4 * i + 4]} for i in range(count)}
 
 
 def put(key, value):
@@ -145,7 +147,8 @@ CASES = {
     "missing_pair": (TENSORS, "q_proj.lora_A.weight is missing, other layers", drop(A, B)),
     "no_tensors": (TENSORS, "holds no LoRA matrix", header({})),
     "extra_tensor": (TENSORS, "nothing in the config explains", put("base_model.model.model.extra", ONES)),
-    "extra_module": (TENSORS, "not a target", both(put(A.replace("q_proj", "k_proj"), ONES.T), put(B.replace("q_proj", "k_proj"), ONES))),
+    "extra_module": (TENSORS, "not a target", both(
+        put(A.replace("q_proj", "k_proj"), ONES.T), put(B.replace("q_proj", "k_proj"), ONES))),
     "wrong_prefix": (TENSORS, "expected dotted names", put(A.removeprefix("base_model."), ONES)),
     "slash_in_key": (TENSORS, "expected dotted names", put("base_model.model.../../etc/passwd.lora_A.weight", ONES)),
     "empty_name_in_key": (TENSORS, "expected dotted names", put("base_model.model..q_proj.lora_A.weight", ONES)),
@@ -162,7 +165,7 @@ CASES = {
     "saved_module_missing": (TENSORS, "lm_head: in modules_to_save", config(modules_to_save=["lm_head"])),
     "trained_tokens_missing": (TENSORS, "trainable_tokens_delta is missing", config(trainable_token_indices=[1])),
     "trained_tokens_too_many": (TENSORS, "trainable_token_indices is [1]", both(
-        config(trainable_token_indices=[1]), put("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", ONES))),
+        config(trainable_token_indices=[1]), put(TOKENS, ONES))),
     # the config
     "config_missing": (CONFIG, "No such file", lambda folder: (folder / CONFIG).unlink()),
     "config_not_json": (CONFIG, "not JSON", config(b"{'r': 2}")),
@@ -175,7 +178,7 @@ CASES = {
     "peft_type_unknown": (CONFIG, "peft_type is 'IA3'", config(peft_type="IA3")),
     "peft_type_missing": (CONFIG, "peft_type is 'None'", config(peft_type=None)),
     "rank_zero": (CONFIG, "r is 0", config(r=0)),
-    "rank_as_text": (CONFIG, "r is 2, expected positive integers", config(r="2")),
+    "rank_as_text": (CONFIG, "r is '2', expected a positive integer", config(r="2")),
     "alpha_nan": (CONFIG, "lora_alpha is nan", config(lora_alpha=float("nan"))),
     "alpha_missing": (CONFIG, "lora_alpha is None", config(lora_alpha=None)),
     "rank_pattern_a_list": (CONFIG, "rank_pattern is [1], expected an object", config(rank_pattern=[1])),

@@ -1,9 +1,12 @@
 """The whole line on a miniature, through its command lines: every station's files, and what it does the second time."""
 
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import ROOT, run_module
 
 from dnd_jax import adapters, checkpoints, pairs, tokens
@@ -86,6 +89,76 @@ def test_generated_folder_loads_in_peft_and_acts(root, smoke, tmp_path, count):
     np.testing.assert_array_equal(state["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"], written)
 
 
+def generate(root, folder, *options):
+    (folder / "prompts.txt").write_text("how zib is the thing :\n")
+    return run_module("dnd_jax.generate", f"--workdir={root}/run", f"--prompts={folder}/prompts.txt",
+                      f"--out={folder}/mine", *options, cwd=root.parent.parent)
+
+
+def test_generated_folder_is_addressed_by_content_and_has_a_card(root, tmp_path):
+    done = generate(root, tmp_path)
+    folder = (tmp_path / "mine").resolve()
+    assert folder.parent == tmp_path and folder.name == adapters.content_hash(folder) and folder.name in done.stdout
+    card = (folder / "README.md").read_text()
+    run = json.loads((root / "adapters" / "multi_task" / "run.json").read_text())
+    digest = hashlib.sha256((tmp_path / "prompts.txt").read_bytes()).hexdigest()
+    for part in ("library_name: peft", run["base"]["sha256"], "run, step", digest, "nearest training tasks | ", "| date | 20"):
+        assert part in card
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    generate(root, tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before and sum(1 for _ in tmp_path.iterdir()) == 3
+    generate(root, tmp_path, "--profile=portable")
+    _, spec = adapters.read(tmp_path / "mine")
+    assert spec.config["r"] == spec.config["lora_alpha"] == 8 and (tmp_path / "mine").resolve() != folder
+
+
+def test_dora_runs_train_and_generate_saying_what_is_not_generated(smoke, tmp_path):
+    """Magnitudes, which no decoder generates, go from the runs through store and workdir into the adapter."""
+    shutil.copytree(smoke / "build", tmp_path / "build")
+    root = tmp_path / "build" / "tenants-smoke"
+    for number, folder in enumerate(sorted((root / "adapters").glob("*/step_*"))):
+        path = folder / "adapter_model.safetensors"
+        tensors = safetensors.numpy.load_file(path)
+        tensors |= {k.replace("lora_B.weight", "lora_magnitude_vector"): np.full(len(v), number, np.float32)
+                    for k, v in tensors.items() if "lora_B" in k}
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    shutil.rmtree(root / "run")
+    run_module("data_pipeline.export", CONFIG, cwd=tmp_path)
+    run_module("dnd_jax.train", CONFIG, "--workdir=build/tenants-smoke/run", cwd=tmp_path)
+    shutil.rmtree(root / "store")
+    done = generate(root, tmp_path)
+    said = "not generated but taken from the training runs: 9 x DoRA magnitude (mean of the training runs)"
+    assert said in done.stdout and said in (tmp_path / "mine" / "README.md").read_text()
+    _, spec = adapters.read(tmp_path / "mine")
+    tasks = json.loads((root / "tasks.json").read_text())
+    last = [sorted((root / "adapters" / name).glob("step_*"))[-1] for name, entry in tasks.items() if entry["split"] == "train"]
+    expected = np.mean([next(iter(adapters.read(folder)[1].carried.values()))[0] for folder in last])
+    assert len(spec.carried) == 9 and all((value == np.float32(expected)).all() for value in spec.carried.values())
+
+
+@pytest.mark.parametrize("gauge", ["canonical", "align"])
+def test_gauges_keep_products_of_runs_from_different_seeds(smoke, tmp_path, gauge):
+    shutil.copytree(smoke / "build", tmp_path / "build")
+    root = tmp_path / "build" / "tenants-smoke"
+    config = f"{CONFIG},gauge={gauge}"
+    run_module("data_pipeline.collect", config, "--jobs=2", cwd=tmp_path)
+    run_module("data_pipeline.export", config, cwd=tmp_path)
+    store = pairs.open_store(root / f"store-{gauge}")
+    starts = set()
+    for task in store.tasks:
+        folder = sorted((root / "adapters-seeds" / task.name).glob("step_*"))[-1]
+        trained, _ = adapters.read(folder)
+        starts.add(json.loads((folder.parent / "run.json").read_text())["initial_seed"])
+        stored = tokens.decode(task.tokens[-1], store.layout)
+        for name in ("q_proj", "v_proj"):
+            ours, theirs = (t["model"]["layers"]["1"]["self_attn"][name] for t in (stored, trained))
+            product = theirs["lora_B"] @ theirs["lora_A"]
+            np.testing.assert_allclose(ours["lora_B"] @ ours["lora_A"], product, atol=2e-5 * np.abs(product).max())
+    assert len(starts) == len(store.tasks)
+
+
 def test_generation_needs_the_checkpoint_folder_only(root):
     _, _, about, _ = checkpoints.load_best(root / "run" / "checkpoints")
     assert about["encoder"]["length"] == 14 and about["base"]["sha256"] and about["spec"]["config"]["peft_type"] == "LORA"
@@ -101,8 +174,6 @@ def test_second_collect_and_train_do_nothing(root, smoke):
 
 
 def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):
-    import shutil
-
     name = sorted(json.loads((root / "tasks.json").read_text()))[0]
     kept = {p.name: (p / "adapter_model.safetensors").read_bytes() for p in (root / "adapters" / name).glob("step_*")}
     shutil.rmtree(root / "adapters" / name)

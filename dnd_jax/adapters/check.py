@@ -1,6 +1,7 @@
 """Explain an adapter folder in plain words: what it is, whether it is sound, and which servers would take it."""
 
 import pathlib
+import re
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -20,12 +21,14 @@ def explain(folder: files.PathLike) -> str:
         "base model": str(spec.config.get("base_model_name_or_path")),
         "adapter": _adapter(tree, spec),
         "modules": _modules(spec),
-        "file": f"{size / 1e6:.2f} MB, content {folders.content_hash(folder)}",
+        "file": f"{size:,} bytes, content {folders.content_hash(folder)}",
         "carried": ", ".join(f"{n} x {kind}" for kind, n in keys.count_kinds(spec).items()) or "nothing beside A and B",
         "sound": _remarks(tree, spec),
         "vLLM": _verdict(profiles.vllm_obstacles(spec), _vllm_flag(spec)),
         "SGLang": _verdict(profiles.sglang_obstacles(spec), ""),
     }
+    if not profiles.beyond_lora(spec) and "would not" in lines["vLLM"] + lines["SGLang"]:
+        lines["way out"] = "the portable profile of the same adapter, which both take"
     width = max(map(len, lines))
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines.items())
 
@@ -45,8 +48,10 @@ def _range(numbers: list[float]) -> str:
 
 
 def _modules(spec: Spec) -> str:
-    names = sorted({module.rpartition(".")[2] for module in spec.modules})
-    return f"{len(spec.modules)} modules: {', '.join(names)}"
+    plain = [module.replace(".base_layer", "") for module in spec.modules]
+    names = sorted({module.rpartition(".")[2] for module in plain})
+    layers = {match[0] for module in plain if (match := re.match(r".*?\.\d+(?=\.)", module))}
+    return f"{len(spec.modules)} in {len(layers)} layers: {', '.join(names) or 'none'}"
 
 
 def _remarks(tree: Tree, spec: Spec) -> str:

@@ -124,11 +124,11 @@ def _tensors(tree: Tree, spec: Spec, where: str) -> dict[str, np.ndarray]:
     flat = flatten_dict(tree, sep="/")
     keys.check_matches(flat, spec, where)
     tensors = dict(spec.carried)
-    for path, leaf in spec.leaves.items():
-        with np.errstate(over="ignore"):  # what overflows is found by the check below
+    with np.errstate(over="ignore"):  # what overflows is found by the check below
+        for path, leaf in spec.leaves.items():
             value = np.ascontiguousarray(np.asarray(flat[path]).astype(leaf.dtype, copy=False))
-        check_finite(value, f"{where}: {path}")
-        tensors[key_of(path)] = value
+            check_finite(value, f"{where}: {path}")
+            tensors[key_of(path)] = value
     return tensors
 
 

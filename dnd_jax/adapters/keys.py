@@ -6,7 +6,7 @@ PEFT itself warns at most of a missing key and says nothing of an extra one, so 
 import collections
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dnd_jax.adapters.spec import PREFIX, Spec, key_of, matches, rank_of
@@ -25,9 +25,34 @@ KINDS = {
     TOKENS: re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta"),
     VARIANT: re.compile(r"(.+)\.lora_(?:diag|monteclora_sampler)(?:\..+)?"),
 }
+EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embeddings")
 ASKED_BY = {MAGNITUDE: ("use_dora",), LORA_BIAS: ("lora_bias",), TOKENS: ("trainable_token_indices",),
             VARIANT: ("kasa_config", "monteclora_config")}
-EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embeddings")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _is_table(value: Any, of: Callable[[Any], bool]) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(of, value.values())))
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+NAMES = (_are_names, "names or a pattern")
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a positive integer"), "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (lambda value: _is_table(value, _is_rank), "an object of positive integers"),
+    "alpha_pattern": (lambda value: _is_table(value, _is_number), "an object of numbers"),
+    "target_modules": NAMES, "exclude_modules": NAMES, "modules_to_save": NAMES, "target_parameters": NAMES,
+}
 
 
 def check_config(config: Any) -> None:
@@ -35,22 +60,9 @@ def check_config(config: Any) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else config
         raise InputError(f"peft_type is {str(found)[:80]!r}, expected 'LORA'")
-    for field, of_rank in (("r", True), ("lora_alpha", False), ("rank_pattern", True), ("alpha_pattern", False)):
-        value = config.get(field)
-        if field.endswith("pattern"):
-            if not isinstance(value, dict | None):
-                raise InputError(f"{field} is {str(value)[:80]}, expected an object")
-            numbers = list((value or {}).values())
-        else:
-            numbers = [value]
-        for number in numbers:
-            whole = type(number) is int
-            if not (whole or type(number) is float and math.isfinite(number)) or of_rank and not (whole and number > 0):
-                raise InputError(f"{field} is {str(value)[:80]}, expected {'positive integers' if of_rank else 'numbers'}")
-    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        value = config.get(field)
-        if not (value is None or isinstance(value, str) or isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise InputError(f"{field} is {str(value)[:80]}, expected names or a pattern")
+    for field, (is_fine, expected) in FIELDS.items():
+        if not is_fine(config.get(field)):
+            raise InputError(f"{field} is {repr(config.get(field))[:80]}, expected {expected}")
 
 
 def kind_of(key: str, config: Mapping[str, Any]) -> tuple[str, str]:

@@ -14,8 +14,9 @@ ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 BEYOND_LORA = {
     "use_dora": "DoRA", "lora_bias": "LoRA biases", "modules_to_save": "modules_to_save",
     "trainable_token_indices": "trained tokens", "target_parameters": "adapted expert parameters",
-    "alora_invocation_tokens": "activation by invocation tokens", "use_qalora": "QALoRA", "layer_replication": "layer replication",
-    "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow",
+    "alora_invocation_tokens": "activation by invocation tokens", "use_qalora": "QALoRA",
+    "layer_replication": "layer replication", "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA", "use_bdlora": "block-diagonal LoRA", "arrow_config": "Arrow",
 }
 
 
@@ -45,7 +46,7 @@ def vllm_obstacles(spec: Spec) -> list[str]:
     return (
         beyond_lora(spec)
         + ([f"rank {', '.join(map(str, odd))} (it takes {', '.join(map(str, VLLM_RANKS))})"] if odd else [])
-        + [f"{field} (it applies one scale to all modules)" for field in ("rank_pattern", "alpha_pattern") if spec.config.get(field)]
+        + [f"{field} (it applies one scale to all)" for field in ("rank_pattern", "alpha_pattern") if spec.config.get(field)]
     )
 
 

@@ -3,27 +3,30 @@
 Nothing is memory-mapped, because truncating a mapped file kills the process that maps it.
 """
 
+import io
 import json
 import os
 import pathlib
 import stat
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from dnd_jax.types import InputError
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 50_000
-DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E4M3": ml_dtypes.float8_e4m3fn,
           "I16": np.int16, "U16": np.uint16, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32,
-          "F32": np.float32, "I64": np.int64, "U64": np.uint64, "F64": np.float64}
+          "F32": np.float32, "F64": np.float64, "I64": np.int64, "U64": np.uint64}
 ITEMSIZE = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
 # All exponent bits set: the smallest pattern, sign apart, that is infinite or not a number.
 NOT_FINITE = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float32): 0x7F800000,
               np.dtype(np.float64): 0x7FF0000000000000}
+INTEGERS = {2: (np.int16, np.uint16, 1 << 15), 4: (np.int32, np.uint32, 1 << 31), 8: (np.int64, np.uint64, 1 << 63)}
 
 Extent = tuple[str, tuple[int, ...], int, int]
 
@@ -56,43 +59,48 @@ class TensorFile:
         Raises:
           InputError: a value that isn't finite, or a file that has shrunk since it was opened.
         """
-        size = max((end for *_, end in self._entries.values()), default=0)
-        buffer = np.empty(size, np.uint8)
+        buffer = np.empty(max((end for *_, end in self._entries.values()), default=0), np.uint8)
         self._file.seek(self._start)
-        if (found := self._file.readinto(memoryview(buffer))) != size:
-            raise InputError(f"{self.path}: {found} bytes of tensors read, the header says {size}")
         tensors = {}
-        for key, (dtype, shape, begin, end) in self._entries.items():
+        for key, (dtype, shape, begin, end) in sorted(self._entries.items(), key=lambda item: item[1][2]):
             part = buffer[begin:end]
+            if (found := self._file.readinto(part.data)) != end - begin:  # tensor by tensor, to be checked while in cache
+                raise InputError(f"{self.path}: {key}: {found} bytes read, the header says {end - begin}")
+            check_finite(part, f"{self.path}: {key}", DTYPES[dtype])
             aligned = begin % ITEMSIZE[dtype] == 0
             tensors[key] = (part if aligned else part.copy()).view(DTYPES[dtype]).reshape(shape)
-            check_finite(tensors[key], f"{self.path}: {key}")
         return tensors
 
 
-def open_regular(path: pathlib.Path) -> BinaryIO:
+def open_regular(path: pathlib.Path) -> io.FileIO:
     """Open a regular file, unbuffered; raise InputError for anything else (a pipe would wait for ever)."""
     try:
-        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+        file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise InputError(f"{path}: not a regular file")
-    return file  # type: ignore[return-value]
+    return file
 
 
-def check_finite(value: np.ndarray, where: str) -> None:
+def check_finite(value: np.ndarray, where: str, dtype: npt.DTypeLike | None = None) -> None:
     """Raise InputError if a value is infinite or not a number; integers and 8-bit floats are let through.
 
     Compares bit patterns, which takes two passes and no memory: as signed integers for the positive ones, as unsigned
     ones, where the sign bit makes them the largest, for the negative.
+
+    Args:
+      value: contiguous.
+      where: for the message.
+      dtype: to read the bytes of `value` as; by default its own.
     """
-    if (limit := NOT_FINITE.get(value.dtype)) is None or value.size == 0:
+    dtype = np.dtype(value.dtype if dtype is None else dtype)
+    if (limit := NOT_FINITE.get(dtype)) is None or value.size == 0:
         return
-    bits = value.dtype.itemsize * 8
-    value = np.ascontiguousarray(value).reshape(-1)
-    if value.view(f"i{bits // 8}").max() >= limit or value.view(f"u{bits // 8}").max() >= limit + (1 << bits - 1):
+    signed, unsigned, sign = INTEGERS[dtype.itemsize]
+    flat = value.reshape(-1)
+    if flat.view(signed).max() >= limit or flat.view(unsigned).max() >= limit + sign:
         raise InputError(f"{where}: holds a value that is not finite")
 
 
@@ -106,7 +114,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_header(path: pathlib.Path, file: BinaryIO) -> tuple[int, dict[str, Extent]]:
+def _read_header(path: pathlib.Path, file: io.FileIO) -> tuple[int, dict[str, Extent]]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or length > min(size - 8, MAX_HEADER_BYTES):

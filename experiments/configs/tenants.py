@@ -3,17 +3,18 @@
     make demo                                  # all stations, seed 0
     python -m dnd_jax.train --config=experiments/configs/tenants.py --workdir=build/tenants/run
 
-Arguments: `tenants.py:seed=1` for another world, `tenants.py:smoke` for a miniature that only tests the machinery.
+Arguments: `tenants.py:seed=1` for another world, `tenants.py:smoke` for a miniature that only tests the machinery,
+`tenants.py:gauge=align` (or `canonical`, `none`) for runs that start from A matrices of their own.
 Hardware: 2 CPU cores, 4 GB. Expected: the table in the README.
 """
 
 import ml_collections
 
-OPTIONS = {"seed": "0", "smoke": ""}
+OPTIONS = {"seed": "0", "smoke": "", "gauge": ""}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Return the config; `arg` is a comma-separated list of `seed=N` and `smoke`."""
+    """Return the config; `arg` is a comma-separated list of `seed=N`, `smoke` and `gauge=NAME`."""
     options = dict(OPTIONS)
     for part in filter(None, arg.split(",")):
         name, _, value = part.partition("=")
@@ -31,13 +32,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.condition = {"prompts": 20}
 
     config.collect = {
-        "out": f"{root}/adapters",
+        "out": f"{root}/adapters" + ("-seeds" if options["gauge"] else ""),
         "rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": ("q_proj", "k_proj", "v_proj"), "initial_seed": 0,
+        "seed_per_task": bool(options["gauge"]),
         "learning_rate": 5e-3, "continued_learning_rate": 5e-4, "warmup_ratio": 0.01, "weight_decay": 0.0, "clip_norm": 1.0,
         "batch_size": 32, "steps": 2 if smoke else 90, "checkpoints": 2 if smoke else 8,
         "multi_task_steps": 2 if smoke else 1000, "max_length": 64, "max_rows": 5000,
     }
-    config.export = {"store": f"{root}/store", "chunk": None}
+    gauge = options["gauge"]
+    config.export = {"store": f"{root}/store" + (f"-{gauge}" if gauge else ""), "chunk": None, "gauge": gauge or "none"}
     config.decoder = {"blocks": ((24, 10, 48), (32, 8, 48), (32, 6, 48)), "kernel_size": 5}
     config.train = {
         "steps": 4 if smoke else 700, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.1,
