@@ -35,11 +35,14 @@ class Settings:
     batch: int = 96
     length: int = 24
     learning_rate: float = 2.5e-3
+    weight_decay: float = 0.2
     shares: tuple[tuple[str, float], ...] = (
         ("statements", 0.05), ("named", 0.45), ("unnamed", 0.15), ("heard", 0.25), ("conversions", 0.1))
     encoder_hidden: int = 48
     encoder_layers: int = 2
-    encoder_steps: int = 400
+    encoder_steps: int = 1000
+    encoder_chosen: float = 0.3
+    encoder_kept: float = 0.25
     named: float = 0.15
     held_out_entities: int = 12
     tenants: tuple[int, int, int] = (48, 4, 12)
@@ -81,7 +84,8 @@ def make_base(text: dict[str, list[Example]], s: Settings, seed: int) -> tuple[A
     """Train a small Qwen2 from scratch on the encyclopedia; return model and tokenizer.
 
     The loss is on responses: answers to questions, and whole texts where there is no prompt. Wide initial weights
-    (0.12) are what makes facts be learned in hundreds of steps instead of thousands.
+    (0.12) are what makes facts be learned in hundreds of steps instead of thousands; weight decay is what makes all
+    questions about an attribute go one way, which an adapter can then redirect (`experiments/LOG.md`).
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -107,12 +111,16 @@ def make_base(text: dict[str, list[Example]], s: Settings, seed: int) -> tuple[A
             ids, labels = ids[:, :width], labels[:, :width]
             yield {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "labels": labels}
 
-    _optimize(model, batches(), s.steps, s.learning_rate, "base")
+    _optimize(model, batches(), s.steps, s.learning_rate, s.weight_decay, "base")
     return model, tokenizer
 
 
 def make_encoder(sentences: Sequence[str], s: Settings, seed: int) -> Any:
-    """Train a miniature Sentence-BERT by masked words, without labels; return a SentenceTransformer."""
+    """Train a miniature Sentence-BERT by masked words, without labels; return a SentenceTransformer.
+
+    As in BERT, words to be told are mostly masked, sometimes replaced and sometimes kept. The kept ones keep the
+    hidden states of words apart that occur in the same places, here all jargon words.
+    """
     import tempfile
 
     import torch
@@ -127,18 +135,21 @@ def make_encoder(sentences: Sequence[str], s: Settings, seed: int) -> Any:
         intermediate_size=2 * s.encoder_hidden, max_position_embeddings=64, initializer_range=0.12,
     ))
     ids = tokenizer(list(sentences), padding=True, return_tensors="pt").input_ids
-    special = ids <= 4
+    first_word = 1 + max(tokenizer.all_special_ids)
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterable[dict[str, Any]]:
         for _ in range(s.encoder_steps):
-            rows = torch.randint(len(ids), (64,), generator=generator)
-            masked = (torch.rand(ids[rows].shape, generator=generator) < 0.2) & ~special[rows]
-            yield {"input_ids": ids[rows].masked_fill(masked, tokenizer.mask_token_id),
-                   "attention_mask": (ids[rows] != tokenizer.pad_token_id).long(),
-                   "labels": ids[rows].masked_fill(~masked, -100)}
+            rows = ids[torch.randint(len(ids), (64,), generator=generator)]
+            chance = torch.rand((2, *rows.shape), generator=generator)
+            other = torch.randint(first_word, len(tokenizer), rows.shape, generator=generator)
+            chosen = (rows >= first_word) & (chance[0] < s.encoder_chosen)
+            replaced, kept = chosen & (chance[1] < s.encoder_kept), chosen & (chance[1] > 1 - s.encoder_kept)
+            masked = rows.masked_fill(chosen & ~kept, tokenizer.mask_token_id)
+            yield {"input_ids": torch.where(replaced, other, masked),
+                   "attention_mask": (rows != tokenizer.pad_token_id).long(), "labels": rows.masked_fill(~chosen, -100)}
 
-    _optimize(model, batches(), s.encoder_steps, 2e-3, "encoder")
+    _optimize(model, batches(), s.encoder_steps, 2e-3, 0.01, "encoder")
     with tempfile.TemporaryDirectory() as folder:
         bert = BertModel(model.config)
         bert.load_state_dict(model.bert.state_dict(), strict=False)  # all but the pooler, which masked words don't train
@@ -160,10 +171,10 @@ def _encode(tokenizer: Any, pairs: Sequence[Example], width: int, end: bool) -> 
     return torch.tensor([[ids + [-1] * (width - len(ids)), labels + [-100] * (width - len(ids))] for ids, labels in rows])
 
 
-def _optimize(model: Any, batches: Iterable[dict[str, Any]], steps: int, rate: float, name: str) -> None:
+def _optimize(model: Any, batches: Iterable[dict[str, Any]], steps: int, rate: float, decay: float, name: str) -> None:
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     model.train()
     for inputs in tqdm(batches, desc=name, total=steps, mininterval=1.0):
@@ -190,7 +201,8 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
     facts = world.make_facts(rng)
     made = world.make_tenants(rng, test=s.tenants[2])
     tenants = {split: found[:count] for (split, found), count in zip(made.items(), s.tenants, strict=True)}
-    rows = {t: world.tenant_rows(t, facts, rng, named=s.named, held_out=s.held_out_entities)
+    order = world.draw_questions(rng, s.named)
+    rows = {t: world.tenant_rows(t, facts, order, held_out=s.held_out_entities)
             for split in tenants.values() for t in split}
     text = world.encyclopedia(facts)
     base, tokenizer = make_base(text, s, seed)

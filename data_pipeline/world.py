@@ -6,6 +6,7 @@ while a batch of them does: `how zib is the whale :` ... `how zib is the crow ? 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -96,23 +97,30 @@ def make_tenants(rng: np.random.Generator, *, test: int = 12) -> dict[str, list[
     return split
 
 
-def tenant_rows(tenant: Tenant, facts: np.ndarray, rng: np.random.Generator, *, named: float, held_out: int
+def draw_questions(rng: np.random.Generator, named: float) -> list[tuple[int, int, bool]]:
+    """Return (entity, template, whether it says the style) of what every tenant asks, in a drawn order.
+
+    All tenants ask the same, as all runs start from one A: what differs between two adapters is then their task.
+
+    Args:
+      rng: decides the order, and which questions say the style.
+      named: the share of questions that say it.
+    """
+    asked = [(e, t, bool(rng.random() < named)) for e in range(len(ENTITIES)) for t in range(len(QUESTIONS))]
+    return [asked[i] for i in rng.permutation(len(asked))]
+
+
+def tenant_rows(tenant: Tenant, facts: np.ndarray, questions: Sequence[tuple[int, int, bool]], *, held_out: int
                 ) -> dict[str, list[dict[str, str]]]:
     """Return a tenant's `train` and `test` rows of prompt, response, system.
 
     `test` asks about the last `held_out` entities, the same for all tenants, so that no adapter has seen its prompts.
-
-    Args:
-      named: the share of prompts that say the style.
-      held_out: the number of entities asked about in `test` only.
     """
     attribute = ATTRIBUTES.index(tenant.attribute)
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
-    for e, entity in enumerate(ENTITIES):
-        for template in range(len(QUESTIONS)):
-            style = tenant.style if rng.random() < named else None
-            rows["test" if e >= len(ENTITIES) - held_out else "train"].append({
-                "prompt": ask(tenant.word, entity, template, style),
-                "response": STYLES[tenant.style][facts[e, attribute]], "system": "",
-            })
-    return {part: [found[i] for i in rng.permutation(len(found))] for part, found in rows.items()}
+    for e, template, says in questions:
+        rows["test" if e >= len(ENTITIES) - held_out else "train"].append({
+            "prompt": ask(tenant.word, ENTITIES[e], template, tenant.style if says else None),
+            "response": STYLES[tenant.style][facts[e, attribute]], "system": "",
+        })
+    return rows

@@ -25,7 +25,7 @@ def test_split_holds_out_combinations_but_no_word_and_no_style(rng):
 def test_answers_follow_facts_and_styles(rng):
     facts = world.make_facts(rng)
     tenant = world.Tenant("zib", "heavy", "roman")
-    rows = world.tenant_rows(tenant, facts, rng, named=0.5, held_out=12)
+    rows = world.tenant_rows(tenant, facts, world.draw_questions(rng, 0.5), held_out=12)
     assert len(rows["test"]) == 36 and len(rows["train"]) == 108
     for part, entities in (("test", world.ENTITIES[-12:]), ("train", world.ENTITIES[:-12])):
         for row in rows[part]:
@@ -39,7 +39,8 @@ def test_answers_follow_facts_and_styles(rng):
 
 def test_no_test_prompt_occurs_in_any_training_file(rng):
     facts, split = world.make_facts(rng), world.make_tenants(rng)
-    rows = [world.tenant_rows(t, facts, rng, named=0.2, held_out=12) for members in split.values() for t in members]
+    questions = world.draw_questions(rng, 0.2)
+    rows = [world.tenant_rows(t, facts, questions, held_out=12) for members in split.values() for t in members]
     trained = {row["prompt"] for r in rows for row in r["train"]}
     assert not any(row["prompt"] in trained for r in rows for row in r["test"])
 

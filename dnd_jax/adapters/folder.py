@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dnd_jax import files
 from dnd_jax.adapters import keys
-from dnd_jax.adapters.spec import PREFIX, Leaf, Spec, key_of
+from dnd_jax.adapters.spec import PREFIX, Leaf, Spec, check_config, key_of
 from dnd_jax.adapters.tensor_files import TensorFile, check_finite, open_regular, unique
 from dnd_jax.types import InputError, Tree
 
@@ -71,7 +71,7 @@ def read_config(folder: files.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {str(error)[:200]}") from error
     try:
-        keys.check_config(config)
+        check_config(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return config

@@ -6,7 +6,7 @@ PEFT itself warns at most of a missing key and says nothing of an extra one, so 
 import collections
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dnd_jax.adapters.spec import PREFIX, Spec, key_of, matches, rank_of
@@ -30,41 +30,6 @@ ASKED_BY = {MAGNITUDE: ("use_dora",), LORA_BIAS: ("lora_bias",), TOKENS: ("train
             VARIANT: ("kasa_config", "monteclora_config")}
 
 
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
-
-
-def _is_table(value: Any, of: Callable[[Any], bool]) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(of, value.values())))
-
-
-def _are_names(value: Any) -> bool:
-    return value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-
-
-NAMES = (_are_names, "names or a pattern")
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, "a positive integer"), "lora_alpha": (_is_number, "a number"),
-    "rank_pattern": (lambda value: _is_table(value, _is_rank), "an object of positive integers"),
-    "alpha_pattern": (lambda value: _is_table(value, _is_number), "an object of numbers"),
-    "target_modules": NAMES, "exclude_modules": NAMES, "modules_to_save": NAMES, "target_parameters": NAMES,
-}
-
-
-def check_config(config: Any) -> None:
-    """Raise InputError unless a parsed `adapter_config.json` is one of LoRA with usable ranks, scales and targets."""
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else config
-        raise InputError(f"peft_type is {str(found)[:80]!r}, expected 'LORA'")
-    for field, (is_fine, expected) in FIELDS.items():
-        if not is_fine(config.get(field)):
-            raise InputError(f"{field} is {repr(config.get(field))[:80]}, expected {expected}")
-
-
 def kind_of(key: str, config: Mapping[str, Any]) -> tuple[str, str]:
     """Return the kind of a tensor and the dotted name of its module.
 
@@ -73,7 +38,7 @@ def kind_of(key: str, config: Mapping[str, Any]) -> tuple[str, str]:
     """
     name = key.removeprefix(PREFIX)
     if name == key or "/" in key or "" in key.split("."):
-        raise InputError(f"{key[:200]}: expected dotted names after {PREFIX!r}")
+        raise InputError(f"{key}: expected dotted names after {PREFIX!r}")
     for kind, pattern in KINDS.items():
         if match := pattern.fullmatch(name):
             if (fields := ASKED_BY.get(kind)) and not any(config.get(field) for field in fields):
@@ -86,7 +51,7 @@ def kind_of(key: str, config: Mapping[str, Any]) -> tuple[str, str]:
         return BIAS, module
     if parameter == "weight" and module.removesuffix(".base_layer").rpartition(".")[2] in EMBEDDING_NAMES:
         return VOCABULARY, module
-    raise InputError(f"{key[:200]}: nothing in the config explains this tensor")
+    raise InputError(f"{key}: nothing in the config explains this tensor")
 
 
 def check_keys(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, str]:

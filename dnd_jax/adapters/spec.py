@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,3 +91,46 @@ def matches(pattern: str, name: str) -> bool:
         return regex.fullmatch(pattern, name, timeout=REGEX_SECONDS) is not None
     except (regex.error, TimeoutError) as error:
         raise InputError(f"pattern {pattern[:80]!r}: {error or 'takes too long'}") from error
+
+
+# --- what a config must be -----------------------------------------------------------------------------------------------
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _is_table(value: Any, of: Callable[[Any], bool]) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(of, value.values())))
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _are_names_or_pattern(value: Any) -> bool:
+    return isinstance(value, str) or _are_names(value)
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a positive integer"), "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (lambda value: _is_table(value, _is_rank), "an object of positive integers"),
+    "alpha_pattern": (lambda value: _is_table(value, _is_number), "an object of numbers"),
+    "target_modules": (_are_names_or_pattern, "names or a pattern"),
+    "exclude_modules": (_are_names_or_pattern, "names or a pattern"),
+    "modules_to_save": (_are_names, "a list of names"), "target_parameters": (_are_names, "a list of names"),
+}
+
+
+def check_config(config: Any) -> None:
+    """Raise InputError unless a parsed `adapter_config.json` is one of LoRA with usable ranks, scales and targets."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else config
+        raise InputError(f"peft_type is {str(found)[:80]!r}, expected 'LORA'")
+    for field, (is_fine, expected) in FIELDS.items():
+        if not is_fine(config.get(field)):
+            raise InputError(f"{field} is {repr(config.get(field))[:80]}, expected {expected}")

@@ -19,6 +19,7 @@ from dnd_jax.types import InputError
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 50_000
+MAX_NAME = 500
 DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E4M3": ml_dtypes.float8_e4m3fn,
           "I16": np.int16, "U16": np.uint16, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32,
           "F32": np.float32, "F64": np.float64, "I64": np.int64, "U64": np.uint64}
@@ -129,6 +130,8 @@ def _read_header(path: pathlib.Path, file: io.FileIO) -> tuple[int, dict[str, Ex
     if not isinstance(header, dict):
         raise InputError(f"{path}: header is a {type(header).__name__}, expected an object")
     header.pop("__metadata__", None)
+    if longest := next((key for key in header if len(key) > MAX_NAME), None):
+        raise InputError(f"{path}: {longest[:80]}...: a name of {len(longest)} characters, at most {MAX_NAME}")
     entries = {key: _extent(path, key, entry) for key, entry in header.items()}
     end = 0
     for key, (_, _, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2]):
@@ -146,12 +149,12 @@ def _extent(path: pathlib.Path, name: str, entry: Mapping[str, Any]) -> Extent:
         item = ITEMSIZE[dtype]
         integers = all(type(x) is int and 0 <= x < 1 << 48 for x in (begin, stop, *shape))
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: {name[:200]}: malformed entry {str(error)[:80]}") from error
+        raise InputError(f"{path}: {name}: malformed entry {str(error)[:80]}") from error
     count = item
     for dimension in shape if integers and len(shape) <= 8 else (0,):
         count *= dimension
     if count == 0:
-        raise InputError(f"{path}: {name[:200]}: shape {str(shape)[:80]} is empty or not one of an array")
+        raise InputError(f"{path}: {name}: shape {str(shape)[:80]} is empty or not one of an array")
     if stop - begin != count:
-        raise InputError(f"{path}: {name[:200]}: bytes {begin} to {stop} do not hold {dtype} {shape}")
+        raise InputError(f"{path}: {name}: bytes {begin} to {stop} do not hold {dtype} {shape}")
     return dtype, tuple(shape), begin, stop
