@@ -21,8 +21,8 @@ import ml_collections
 from absl import flags
 from tqdm import tqdm
 
-from data_pipeline import datasets
 from dnd_jax import cli, files, prompts
+from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
 MULTI_TASK = "multi_task"
@@ -41,7 +41,7 @@ class Run:
 
 def plan_runs(config: ml_collections.ConfigDict) -> list[Run]:
     """Return a run per task, and first the multi-task run on the union of the training tasks."""
-    tasks = datasets.read_tasks(config.tasks)
+    tasks = read_tasks(config.tasks)
     c = config.collect
     union = tuple(task.train for task in tasks if task.split == "train")
     runs = [Run(task.name, task.split, (task.train,), c.steps, c.checkpoints) for task in tasks]

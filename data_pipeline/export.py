@@ -14,10 +14,11 @@ import safetensors.numpy
 from jaxtyping import Float
 from tqdm import tqdm
 
-from data_pipeline import agreement, collect, datasets
+from data_pipeline import agreement, collect
 from dnd_jax import adapters, cli, files, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.encoders import SentenceEncoder
+from dnd_jax.tasks import read_tasks
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Tree
 
@@ -73,7 +74,7 @@ def importance(per_task: Sequence[Float[np.ndarray, "K T H W"]]) -> Float[np.nda
 
 def export(config: ml_collections.ConfigDict) -> None:
     """Write the pair store of `config.export.store` whole, or raise InputError and write nothing."""
-    tasks, runs = datasets.read_tasks(config.tasks), pathlib.Path(config.collect.out)
+    tasks, runs = read_tasks(config.tasks), pathlib.Path(config.collect.out)
     first = step_folders(runs / tasks[0].name)[-1]
     reference_tree, reference = adapters.read(first)
     agreement.refuse_altered_base(reference, str(first))

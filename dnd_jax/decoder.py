@@ -1,8 +1,8 @@
 """The hyper-convolutional decoder: a condition block in, weight tokens out, as a cascade of five-convolution layers.
 
 A block is `[B, N, L, C]`: batch, prompts, token positions, channels. Each layer takes one block of shape (N, L, C) to
-the next (O, M, D), so `features = ((N, L, C), ..., (T, H, W))` is the whole architecture. Source: Liang et al.,
-arXiv 2506.16406, section 3.4 and its public implementation.
+the next (O, M, D), so `features = ((N, L, C), ..., (T, H, W))` is the whole architecture; for long prompts a learned projection
+first shortens L. Source: Liang et al., arXiv 2506.16406, section 3.4 and its public implementation.
 """
 
 from collections.abc import Sequence
@@ -23,23 +23,49 @@ class HyperConvDecoder(nn.Module):
     Attributes:
       features: block shapes from the condition's (N, L, C) to the tokens' (T, H, W).
       kernel_size: taps k of every k x k convolution.
+      length: L of the condition where that is longer than the first block's L and is to be shortened to it.
       dtype: of activations and products; parameters stay float32.
     """
 
     features: Sequence[Shape3]
     kernel_size: int
+    length: int | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, condition: Condition) -> Tokens:
-        expected = tuple(self.features[0])
+        n, l, c = self.features[0]  # noqa: E741
+        expected = (n, self.length or l, c)
         if condition.shape[1:] != expected:
             raise ValueError(f"condition is [B, N, L, C] with (N, L, C) = {condition.shape[1:]}, expected {expected}")
         x = jnp.asarray(condition, self.dtype)
+        if self.length is not None:
+            x = Shorten(l, self.dtype, name="shorten")(x)
         for i, (source, target) in enumerate(zip(self.features, self.features[1:], strict=False)):
             y = HyperConvLayer(source, target, self.kernel_size, self.dtype, name=f"layers_{i}")(x)
             x = x + y if source == target else y
         return x
+
+
+class Shorten(nn.Module):
+    """Shorten a condition `[B, N, L, C]` to `[B, N, M, C]` by two affine maps, L to M and M to M.
+
+    As published, the block is reinterpreted as `[B, N, C, L]` (reshaped, not transposed) before and back after. Weights are
+    stored `[out, in]`.
+    """
+
+    length: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Block) -> Block:
+        b, n, l, c = x.shape  # noqa: E741
+        x = x.reshape(b, n, c, l)
+        for name, width in (("down", l), ("gate", self.length)):
+            weight = self.param(f"{name}_weight", nn.initializers.normal(1.0), (self.length, width))
+            bias = self.param(f"{name}_bias", _uniform(width**-0.5), (self.length,))
+            x = jnp.einsum("BNCL,ML->BNCM", x, weight.astype(self.dtype)) + bias.astype(self.dtype)
+        return x.reshape(b, n, self.length, c)
 
 
 class HyperConvLayer(nn.Module):

@@ -20,6 +20,7 @@ from dnd_jax.audit import audit
 from dnd_jax.baselines import Flat
 from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.generate import Generator
+from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
 MakeAdapter = Callable[[pairs.Task, int], Flat]
@@ -34,10 +35,9 @@ class Evaluation:
         self.generator = Generator(workdir)
         if self.generator.about["layout"] != self.store.manifest["layout"]:
             raise InputError(f"{workdir}: its layout is not that of {config.export.store}")
-        listed = files.read_json(config.tasks)
-        folder = pathlib.Path(config.tasks).parent
-        self.rows = {part: {name: prompts.read_rows(folder / entry[part]) for name, entry in listed.items() if part in entry}
-                     for part in ("train", "test")}
+        listed = read_tasks(config.tasks)
+        self.rows = {"train": {task.name: prompts.read_rows(task.train) for task in listed},
+                     "test": {task.name: prompts.read_rows(task.test) for task in listed if task.test}}
         self.train, self.validation, self.test = (self.store.split(s) for s in pairs.SPLITS)
         self.known = [self.adapter(task.name) for task in self.train]
         self.embeddings = np.stack([baselines.pool(task.condition) for task in self.train])

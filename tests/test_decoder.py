@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from dnd_jax import released
 from dnd_jax.decoder import HyperConvDecoder
+from dnd_jax.types import InputError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -80,4 +81,30 @@ def test_released_names_that_do_not_fit():
         released.params_from_torch({**state, **unknown})
     state.pop("model.decoder.module_list.1.linear2.bias")
     with pytest.raises(ValueError, match=r"module_list\.1\.linear2\.bias"):
+        released.params_from_torch(state)
+
+
+def test_shortening_is_the_published_projection(rng):
+    """Reinterpreted, through two affine maps of PyTorch, reinterpreted back, then the decoder without it."""
+    import torch
+
+    features = ((2, 3, 4), (5, 4, 6))
+    decoder, plain = HyperConvDecoder(features, 3, length=7), HyperConvDecoder(features, 3)
+    x = rng.normal(size=(2, 2, 7, 4)).astype(np.float32)
+    params = decoder.init(jax.random.key(0), x)["params"]
+    state = released.params_to_torch(params)
+    assert {"down_proj.weight", "gate_proj.bias"} <= state.keys()
+    with torch.no_grad():
+        down, gate = torch.nn.Linear(7, 3), torch.nn.Linear(3, 3)
+        for name, module in (("down_proj", down), ("gate_proj", gate)):
+            module.weight.copy_(torch.tensor(state[f"{name}.weight"]))
+            module.bias.copy_(torch.tensor(state[f"{name}.bias"]))
+        short = gate(down(torch.tensor(x).reshape(2, 2, 4, 7))).reshape(2, 2, 3, 4).numpy()
+    rest = {name: value for name, value in params.items() if name != "shorten"}
+    expected = plain.apply({"params": rest}, short)
+    assert_near(decoder.apply({"params": params}, x), expected, "output")
+    back = flatten_dict(released.params_from_torch(state), sep="/")
+    assert back.keys() == flatten_dict(params, sep="/").keys()
+    state.pop("gate_proj.bias")
+    with pytest.raises(InputError, match=r"gate_proj\.bias is missing"):
         released.params_from_torch(state)
