@@ -1,7 +1,13 @@
-"""Frozen text encoders: prompts to conditions, the last hidden state of every token. Imports torch lazily."""
+"""Frozen text encoders: prompts to conditions, one hidden state per token. Imports torch lazily.
 
-from collections.abc import Sequence
-from typing import Any
+The hidden states of padding are part of a condition, as published. The same prompt gives the same condition whatever its
+batch, because every batch has the same shape.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -9,38 +15,62 @@ from jaxtyping import Float
 from dnd_jax.types import InputError
 
 
-class SentenceEncoder:
-    """A sentence-transformers folder or hub name, such as `all-MiniLM-L12-v2`, read token by token.
-
-    Prompts are padded and cut to `length` positions; the hidden states of padding are part of the condition, as
-    published. The same prompt gives the same condition whatever its batch, because every batch has the same shape.
-    """
-
-    batch_size = 64
-
-    def __init__(self, name: str, length: int):
-        import torch
-        from sentence_transformers import SentenceTransformer
-
-        try:
-            model = SentenceTransformer(name, device="cuda" if torch.cuda.is_available() else "cpu")
-        except (OSError, ValueError) as error:
-            raise InputError(f"encoder {name}: {str(error).splitlines()[0]}") from error
-        self.name, self.length = name, length
-        first: Any = model[0]
-        self._transformer: Any = first.auto_model.eval()
-        self._tokenizer: Any = model.tokenizer
-        limit = self._transformer.config.max_position_embeddings
-        if length > limit:
-            raise InputError(f"encoder {name}: length is {length}, the model has {limit} positions")
+class Encoder(Protocol):
+    """Prompts to a condition, float16 `[P, L, C]`."""
 
     @property
     def width(self) -> int:
         """Channels C of a condition."""
-        return self._transformer.config.hidden_size
+        ...
+
+    def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "P L C"]: ...
+
+
+def make(settings: Mapping[str, Any]) -> Encoder:
+    """Make the encoder of a config or checkpoint: `kind` (by default a sentence encoder), `name`, `length`, and its options."""
+    options = dict(settings)
+    kind = options.pop("kind", "sentence")
+    if kind not in KINDS:
+        raise InputError(f"config.encoder.kind is {kind!r}, expected one of {sorted(KINDS)}")
+    return KINDS[kind](**options)
+
+
+class _Transformer:
+    """What the encoders from transformers share: batches of one shape, on the best device, as float16."""
+
+    batch_size = 64
+
+    def __init__(self, name: str, length: int, mask_padding: bool = False, pooled: bool = False):
+        """Load.
+
+        Args:
+          name: folder or hub name.
+          length: positions L; prompts are padded and cut to it.
+          mask_padding: put zeros where a prompt has ended. Beyond the paper.
+          pooled: mean over the positions of a prompt, `[P, 1, C]`. Beyond the paper.
+        """
+        import torch
+
+        self.length, self.mask_padding, self.pooled = length, mask_padding, pooled
+        try:
+            model, self._tokenizer = self._load(name)
+        except (OSError, ValueError) as error:
+            raise InputError(f"encoder {name}: {str(error).splitlines()[0]}") from error
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _load(self, name: str) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def _hidden(self, ids: Any, mask: Any) -> Any:
+        return self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    @property
+    def width(self) -> int:
+        return self._model.config.hidden_size
 
     def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "P L C"]:
-        """Encode prompts to float16 `[P, length, width]`."""
         return np.concatenate([self._encode(prompts[i : i + self.batch_size])
                                for i in range(0, len(prompts), self.batch_size)])
 
@@ -48,7 +78,109 @@ class SentenceEncoder:
         import torch
 
         filled = [*prompts, *[""] * (self.batch_size - len(prompts))]
-        inputs = self._tokenizer(filled, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        inputs = self._tokenizer(filled, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt",
+                                 padding_side="right").to(self._model.device)
         with torch.inference_mode():
-            hidden = self._transformer(**inputs.to(self._transformer.device)).last_hidden_state
+            hidden = self._hidden(inputs.input_ids, inputs.attention_mask)
+        weights = inputs.attention_mask[..., None].to(hidden.dtype)
+        if self.mask_padding:
+            hidden = hidden * weights
+        if self.pooled:
+            hidden = (hidden * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
         return hidden[: len(prompts)].to(torch.float16).cpu().numpy()
+
+
+class SentenceEncoder(_Transformer):
+    """A sentence-transformers folder or hub name, such as `all-MiniLM-L12-v2`, read token by token.
+
+    A length beyond the model's positions must be a multiple of them: the padded prompt is cut into windows, each encoded on its
+    own, and they are laid end to end.
+    """
+
+    def _load(self, name: str) -> tuple[Any, Any]:
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(name, device="cpu")
+        first: Any = model[0]
+        self._window = first.auto_model.config.max_position_embeddings
+        if self.length > self._window and self.length % self._window:
+            raise InputError(f"encoder {name}: length is {self.length}, expected at most {self._window} or a multiple of it")
+        tokenizer: Any = model.tokenizer
+        tokenizer.model_max_length = max(self.length, self._window)  # longer prompts are cut here, not there
+        return first.auto_model, tokenizer
+
+    def _hidden(self, ids: Any, mask: Any) -> Any:
+        if self.length <= self._window:
+            return super()._hidden(ids, mask)
+        batch, windows = len(ids), self.length // self._window
+        ids, mask = (x.reshape(batch * windows, self._window) for x in (ids, mask))
+        return super()._hidden(ids, mask).reshape(batch, self.length, -1)
+
+
+class T5Encoder(_Transformer):
+    """The encoder half of a T5 model, such as `t5-base`."""
+
+    def _load(self, name: str) -> tuple[Any, Any]:
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        return T5EncoderModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+
+
+class CausalEncoder(_Transformer):
+    """Hidden states of a decoder-only model after the layer of index `layer`, such as `Qwen2.5-7B-Instruct` after 14."""
+
+    def __init__(self, name: str, length: int, layer: int, mask_padding: bool = False, pooled: bool = False):
+        self.layer = layer
+        super().__init__(name, length, mask_padding, pooled)
+        if not 0 <= layer < self._model.config.num_hidden_layers:
+            raise InputError(f"encoder {name}: layer is {layer}, the model has {self._model.config.num_hidden_layers}")
+
+    def _load(self, name: str) -> tuple[Any, Any]:
+        from transformers import AutoModel, AutoTokenizer
+
+        return AutoModel.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
+
+    def _hidden(self, ids: Any, mask: Any) -> Any:
+        return self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[self.layer + 1]
+
+
+class GloveEncoder:
+    """Word vectors from a text file of `word value value ...` lines: ones for unknown words, zeros for padding.
+
+    Words are runs of letters and digits and single other signs, in lower case.
+    """
+
+    def __init__(self, name: str, length: int):
+        self.length = length
+        path = pathlib.Path(name)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {error}") from error
+        self._vectors: dict[str, np.ndarray] = {}
+        for number, line in enumerate(lines, 1):
+            word, *values = line.rstrip().split(" ")
+            vector = np.array(values, np.float32) if values else np.zeros(0, np.float32)
+            if self._vectors and len(vector) != self.width or not len(vector):
+                raise InputError(f"{path}: line {number} has {len(vector)} values, expected {self.width if self._vectors else '> 0'}")
+            self._vectors[word] = vector
+        if not self._vectors:
+            raise InputError(f"{path}: holds no vectors")
+
+    @property
+    def width(self) -> int:
+        return len(next(iter(self._vectors.values())))
+
+    def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "P L C"]:
+        condition = np.zeros((len(prompts), self.length, self.width), np.float16)
+        unknown = np.ones(self.width, np.float32)
+        for i, prompt in enumerate(prompts):
+            words = re.findall(r"\w+|[^\w\s]", prompt.lower())[: self.length]
+            for j, word in enumerate(words):
+                condition[i, j] = self._vectors.get(word, unknown)
+        return condition
+
+
+KINDS: dict[str, Callable[..., Encoder]] = {
+    "sentence": SentenceEncoder, "t5": T5Encoder, "causal_lm": CausalEncoder, "glove": GloveEncoder,
+}

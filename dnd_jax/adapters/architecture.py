@@ -1,0 +1,54 @@
+"""The shape of a model's LoRA adapters from its `config.json` alone: no weights, no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dnd_jax.adapters.spec import Leaf, Spec
+from dnd_jax.types import InputError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = (*ATTENTION, *MLP)
+
+
+def linear_shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of every linear layer of one decoder layer, by its name inside it.
+
+    Serves the family of Llama: Llama, Mistral, Qwen2 and 3, Gemma, and the language towers of models built on them.
+
+    Args:
+      model: a parsed `config.json`; of a vision-language model, its `text_config` counts.
+    """
+    text = model.get("text_config") or model
+    try:
+        hidden, heads, intermediate = (text[key] for key in ("hidden_size", "num_attention_heads", "intermediate_size"))
+    except KeyError as error:
+        raise InputError(f"model config: {error} is missing, found {sorted(text)[:12]}") from error
+    head = text.get("head_dim") or hidden // heads
+    query, key = heads * head, (text.get("num_key_value_heads") or heads) * head
+    return {
+        "self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key, hidden), "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query), "mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+
+
+def spec_of_model(model: Mapping[str, Any], rank: int, targets: Sequence[str] = ALL_LINEAR, dtype: str = "float32") -> Spec:
+    """Return the spec of a model's LoRA adapters, as PEFT would save them.
+
+    Args:
+      model: a parsed `config.json`.
+      rank: of every adapted layer.
+      targets: names of the adapted layers.
+      dtype: of the matrices.
+    """
+    text = model.get("text_config") or model
+    stack = "model/language_model/layers" if "text_config" in model else "model/layers"
+    leaves = {}
+    for layer in range(text["num_hidden_layers"]):
+        for name, (out, width) in linear_shapes(model).items():
+            if name.rpartition(".")[2] in targets:
+                path = f"{stack}/{layer}/{name.replace('.', '/')}"
+                leaves |= {f"{path}/lora_A": Leaf((rank, width), dtype), f"{path}/lora_B": Leaf((out, rank), dtype)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(targets)}
+    return Spec(config, leaves)

@@ -1,0 +1,120 @@
+"""Encoders of every kind on miniature models: shapes, batches, padding, windows, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from dnd_jax import encoders
+from dnd_jax.types import InputError
+
+WORDS = "how zib is the whale ant crow reply in roman : ? bear".split()
+PROMPTS = [f"how zib is the {name} :" for name in ("whale", "ant", "crow", "bear")] + ["how", "zib is the whale ant crow ? : how zib"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A sentence encoder of 8 positions, a T5, a causal model and a file of word vectors."""
+    import transformers as t
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    bert = t.BertModel(t.BertConfig(vocab_size=5 + len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                    intermediate_size=24, max_position_embeddings=8, initializer_range=0.3))
+    bert.save_pretrained(root / "bert")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    t.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}).save_pretrained(root / "bert")
+    SentenceTransformer(modules=[Transformer(str(root / "bert")), Pooling(16, "mean")]).save(str(root / "sentence"))
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    t5 = t.T5EncoderModel(t.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
+    gpt = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=20, n_embd=16, n_layer=3, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1))
+    for name, model in (("t5", t5), ("gpt", gpt)):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "glove.txt").write_text("".join(f"{w} {i}.5 -1 0.25\n" for i, w in enumerate(WORDS[:8])))
+    return root
+
+
+def settings(folders):
+    return {
+        "sentence": {"name": str(folders / "sentence"), "length": 8},
+        "windows": {"name": str(folders / "sentence"), "length": 24},
+        "t5": {"kind": "t5", "name": str(folders / "t5"), "length": 10},
+        "causal_lm": {"kind": "causal_lm", "name": str(folders / "gpt"), "length": 10, "layer": 1},
+        "glove": {"kind": "glove", "name": str(folders / "glove.txt"), "length": 10},
+    }
+
+
+@pytest.mark.parametrize("name", ["sentence", "windows", "t5", "causal_lm", "glove"])
+def test_a_prompt_has_one_condition_whatever_its_batch(folders, name):
+    chosen = settings(folders)[name]
+    encoder = encoders.make(chosen)
+    together = encoder(PROMPTS)
+    assert together.shape == (6, chosen["length"], encoder.width) and together.dtype == np.float16
+    assert np.isfinite(together).all() and not np.array_equal(together[0], together[1])
+    for i, prompt in enumerate(PROMPTS):
+        np.testing.assert_array_equal(encoder([prompt])[0], together[i])
+    many = encoder(PROMPTS * 30)
+    np.testing.assert_array_equal(many[:6], together)
+    np.testing.assert_array_equal(many[-6:], together)
+
+
+def test_windows_are_encoded_on_their_own(folders):
+    chosen = settings(folders)
+    long, short = encoders.make(chosen["windows"]), encoders.make(chosen["sentence"])
+    text = "zib is the whale ant crow ? : how zib is the bear :"
+    ids = long._tokenizer(text, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+    with torch.inference_mode():
+        windows = [short._model(input_ids=ids.input_ids[:, i : i + 8], attention_mask=ids.attention_mask[:, i : i + 8])
+                   .last_hidden_state[0] for i in (0, 8, 16)]
+    np.testing.assert_allclose(long([text])[0], torch.cat(windows).numpy(), atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["sentence", "t5", "causal_lm"])
+def test_options_beyond_the_paper(folders, name):
+    chosen = settings(folders)[name]
+    plain = encoders.make(chosen)(["how"])[0].astype(np.float32)
+    masked = encoders.make(chosen | {"mask_padding": True})(["how"])[0].astype(np.float32)
+    used = np.abs(masked).sum(1) > 0
+    assert 0 < used.sum() < len(used) and np.abs(plain[~used]).sum() > 0
+    np.testing.assert_array_equal(masked[used], plain[used])
+    pooled = encoders.make(chosen | {"pooled": True})(["how"])
+    assert pooled.shape == (1, 1, 16)
+    np.testing.assert_allclose(pooled[0, 0], plain[used].mean(0), atol=2e-3)
+
+
+def test_a_causal_encoder_reads_the_layer_it_is_told(folders):
+    chosen = settings(folders)["causal_lm"]
+    ids = torch.tensor([[3, 4, 5] + [0] * 7])
+    encoder = encoders.make(chosen)
+    with torch.inference_mode():
+        states = encoder._model(input_ids=ids, attention_mask=(ids > 0).long(), output_hidden_states=True).hidden_states
+    assert len(states) == 4
+    np.testing.assert_allclose(encoder(["how zib is"])[0], states[2][0].numpy(), atol=2e-3)
+
+
+def test_glove_knows_padding_and_unknown_words(folders):
+    condition = encoders.make(settings(folders)["glove"])(["How nobody"])[0]
+    np.testing.assert_array_equal(condition[:3], [[0.5, -1, 0.25], [1, 1, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"length": 12}, "length is 12, expected at most 8 or a multiple"), ({"kind": "word2vec"}, "'word2vec', expected one of"),
+    ({"name": "nowhere/at/all"}, "nowhere/at/all"), ({"kind": "causal_lm", "layer": 3}, "layer is 3, the model has 3"),
+    ({"kind": "glove", "name": "nowhere.txt"}, "nowhere.txt"),
+])
+def test_bad_settings_are_named(folders, change, message):
+    chosen = settings(folders)["causal_lm" if change.get("kind") == "causal_lm" else "sentence"]
+    with pytest.raises(InputError, match=message):
+        encoders.make(chosen | change)
+
+
+@pytest.mark.parametrize("text,message", [("a 1 2\nb 1\n", "line 2 has 1 values, expected 2"), ("", "no vectors"), ("a\n", "line 1")])
+def test_broken_vector_files_are_named(tmp_path, text, message):
+    (tmp_path / "v.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        encoders.GloveEncoder(str(tmp_path / "v.txt"), 4)
