@@ -15,12 +15,13 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from data_pipeline import agreement, collect
-from dnd_jax import adapters, cli, files, pairs, prompts, tokens
+from dnd_jax import adapters, cli, encoders, files, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
-from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.tasks import read_tasks
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Tree
+
+FORMS = ("prompt", "prompt+answer", "answer", "mix")
 
 
 def step_folders(run: pathlib.Path) -> list[pathlib.Path]:
@@ -58,6 +59,20 @@ def make_gauge(name: str, reference: Tree, spec: Spec) -> Callable[[Tree], Tree]
     return changes[name]
 
 
+def condition_texts(rows: Sequence[prompts.Row], settings: ml_collections.ConfigDict) -> list[str]:
+    """Return what is encoded of a task's rows: the first `pool` of them, or all, in one of the paper's forms.
+
+    `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts, by a fixed draw, has its answer.
+    """
+    rows = rows[: settings.pool] if settings.pool else rows
+    with_answer = np.random.default_rng(0).random(len(rows)) < {"prompt+answer": 1.0, "mix": 0.2}.get(settings.form, 0.0)
+    if settings.form not in FORMS:
+        raise InputError(f"config.condition.form is {settings.form!r}, expected one of {FORMS}")
+    if settings.form == "answer":
+        return [row.response for row in rows]
+    return [f"{row.prompt}\n{row.response}" if both else row.prompt for row, both in zip(rows, with_answer, strict=True)]
+
+
 def importance(per_task: Sequence[Float[np.ndarray, "K T H W"]]) -> Float[np.ndarray, " T"]:
     """Return the weight of each token in the loss.
 
@@ -81,7 +96,7 @@ def export(config: ml_collections.ConfigDict) -> None:
     layout = tokens.plan(reference, config.export.chunk)
     change = make_gauge(config.export.gauge, reference_tree, reference)
     base = check_runs(config, [runs / task.name for task in tasks])
-    encoder = SentenceEncoder(config.encoder.name, config.encoder.length)
+    encoder = encoders.make(config.encoder)
     entries: dict[str, dict[str, Any]] = {}
     with files.atomic_folder(config.export.store) as folder:
         weighed, specs, found = [], {}, []
@@ -90,7 +105,7 @@ def export(config: ml_collections.ConfigDict) -> None:
             found += differences
             if encoded is None:
                 continue
-            texts = [row.prompt for row in prompts.read_rows(task.train)]
+            texts = condition_texts(prompts.read_rows(task.train), config.condition)
             target = folder / "tasks" / task.name
             target.mkdir(parents=True)
             np.save(target / "tokens.npy", encoded)
@@ -108,7 +123,7 @@ def export(config: ml_collections.ConfigDict) -> None:
         files.write_json(folder / "manifest.json", {
             "format": pairs.FORMAT, "base": base, "spec": reference.to_json(), "layout": layout.to_json(),
             "gauge": config.export.gauge, "averaged": averaged,
-            "encoder": {"name": config.encoder.name, "length": config.encoder.length}, "tasks": entries,
+            "encoder": config.encoder.to_dict(), "form": config.condition.form, "tasks": entries,
             "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()},
         })
     print(f"{config.export.store}: {len(tasks)} tasks, tokens {list(layout.shape)}, chunk {layout.chunk}")

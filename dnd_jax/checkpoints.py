@@ -19,8 +19,11 @@ METRIC = "validation_recovery"
 
 
 def merit(metrics: dict[str, float]) -> float:
-    """Return what the best checkpoint has most of: the deviation recovered on validation tasks, no more and no less."""
-    return -abs(1 - metrics[METRIC])
+    """Return what the best checkpoint has most of: the deviation recovered on validation tasks, no more and no less.
+
+    Without validation tasks all are alike, and the latest is taken.
+    """
+    return -abs(1 - metrics.get(METRIC, 1.0))
 
 
 class Checkpointer:
@@ -69,7 +72,7 @@ def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict
       InputError: a folder without checkpoints.
     """
     with _open(folder) as checkpointer:
-        best = max(checkpointer.checkpoints, key=lambda c: merit(c.metrics))
+        best = max(checkpointer.checkpoints, key=lambda c: (merit(c.metrics), c.step))
         about = checkpointer.checkpointables_metadata(best.step).custom_metadata
         return best.step, _load_params(checkpointer, best.step), about, dict(best.metrics)
 

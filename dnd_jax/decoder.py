@@ -32,15 +32,29 @@ class HyperConvDecoder(nn.Module):
     length: int | None = None
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def condition_shape(self) -> Shape3:
+        """The (N, L, C) of a condition."""
+        n, l, c = self.features[0]  # noqa: E741
+        return n, self.length or l, c
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one adapter's convolutions and projection; zero padding counts."""
+        k, (n, l, c) = self.kernel_size, self.features[0]  # noqa: E741
+        total = 2 * n * c * l * (self.length + l) if self.length else 0
+        for (n, l, c), (o, m, d) in zip(self.features, self.features[1:], strict=False):  # noqa: E741
+            total += 2 * k * k * (n * l * c * d + n * d * l * m + n * c * l * m + n * m * c * d + m * d * n * o)
+        return total
+
     @nn.compact
     def __call__(self, condition: Condition) -> Tokens:
-        n, l, c = self.features[0]  # noqa: E741
-        expected = (n, self.length or l, c)
+        expected = self.condition_shape
         if condition.shape[1:] != expected:
             raise ValueError(f"condition is [B, N, L, C] with (N, L, C) = {condition.shape[1:]}, expected {expected}")
         x = jnp.asarray(condition, self.dtype)
         if self.length is not None:
-            x = Shorten(l, self.dtype, name="shorten")(x)
+            x = Shorten(self.features[0][1], self.dtype, name="shorten")(x)
         for i, (source, target) in enumerate(zip(self.features, self.features[1:], strict=False)):
             y = HyperConvLayer(source, target, self.kernel_size, self.dtype, name=f"layers_{i}")(x)
             x = x + y if source == target else y

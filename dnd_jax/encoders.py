@@ -160,10 +160,13 @@ class GloveEncoder:
         self._vectors: dict[str, np.ndarray] = {}
         for number, line in enumerate(lines, 1):
             word, *values = line.rstrip().split(" ")
-            vector = np.array(values, np.float32) if values else np.zeros(0, np.float32)
-            if self._vectors and len(vector) != self.width or not len(vector):
-                raise InputError(f"{path}: line {number} has {len(vector)} values, expected {self.width if self._vectors else '> 0'}")
-            self._vectors[word] = vector
+            expected = self.width if self._vectors else max(1, len(values))
+            if len(values) != expected:
+                raise InputError(f"{path}: line {number} has {len(values)} values, expected {expected}")
+            try:
+                self._vectors[word] = np.array(values, np.float32)
+            except ValueError as error:
+                raise InputError(f"{path}: line {number}: {error}") from error
         if not self._vectors:
             raise InputError(f"{path}: holds no vectors")
 

@@ -15,10 +15,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from dnd_jax import adapters, baselines, cli, files, logs, pairs, prompts, report, scoring
+from dnd_jax import adapters, baselines, cli, encoders, files, logs, pairs, prompts, report, scoring
 from dnd_jax.audit import audit
 from dnd_jax.baselines import Flat
-from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.generate import Generator
 from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
@@ -39,6 +38,8 @@ class Evaluation:
         self.rows = {"train": {task.name: prompts.read_rows(task.train) for task in listed},
                      "test": {task.name: prompts.read_rows(task.test) for task in listed if task.test}}
         self.train, self.validation, self.test = (self.store.split(s) for s in pairs.SPLITS)
+        if not self.validation:
+            raise InputError(f"{config.export.store}: has no validation task, on which the rungs choose; give a task that split")
         self.known = [self.adapter(task.name) for task in self.train]
         self.embeddings = np.stack([baselines.pool(task.condition) for task in self.train])
         self.model = scoring.Model(config.base, self.store.spec, self.e.batch_size, self.e.max_new_tokens)
@@ -112,8 +113,7 @@ def generated(ev: Evaluation, shift: int = 0) -> MakeAdapter:
 
 def random_text(ev: Evaluation) -> MakeAdapter:
     """Generate from random strings in place of prompts."""
-    about = ev.generator.about["encoder"]
-    encoder = SentenceEncoder(**about)
+    encoder = encoders.make(ev.generator.about["encoder"])
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz     "))
 
     def make(task: pairs.Task, draw: int) -> Flat:

@@ -17,12 +17,11 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float
 
-from dnd_jax import adapters, baselines, checkpoints, cli, files, pairs, prompts, tokens
+from dnd_jax import adapters, baselines, checkpoints, cli, encoders, files, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.adapters.card import card
 from dnd_jax.adapters.tensor_files import TensorFile
 from dnd_jax.decoder import HyperConvDecoder
-from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.tokens import Layout
 from dnd_jax.types import Tree
 
@@ -36,11 +35,11 @@ class Generator:
         features = tuple(map(tuple, self.about["features"]))
         self.prompts, self.layout = features[0][0], Layout.from_json(self.about["layout"])
         self.spec = Spec.from_json(self.about["spec"], carried_of(workdir, self.about))
-        decoder = HyperConvDecoder(features, self.about["kernel_size"])
+        decoder = HyperConvDecoder(features, self.about["kernel_size"], self.about["length"])
         self._params = jax.device_put(params)
         began = time.perf_counter()
         self._apply: Callable[..., Any] = jax.jit(decoder.apply).lower(
-            {"params": self._params}, jnp.zeros((1, *features[0]), jnp.float32)).compile()
+            {"params": self._params}, jnp.zeros((1, *decoder.condition_shape), jnp.float32)).compile()
         self.compile_s = time.perf_counter() - began
 
     def __call__(self, condition: Float[np.ndarray, "N L C"]) -> Tree:
@@ -96,7 +95,7 @@ def define_flags() -> None:
 def main(args: Any) -> None:
     texts = prompts.read_prompts(args.prompts)
     generator = Generator(args.workdir)
-    encoder = SentenceEncoder(**generator.about["encoder"])
+    encoder = encoders.make(generator.about["encoder"])
     out = files.check_link(args.out)
     began = time.perf_counter()
     condition = encoder(choose(texts, generator.prompts, args.seed))

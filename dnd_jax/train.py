@@ -45,8 +45,14 @@ class State:
 def make_decoder(config: ml_collections.ConfigDict, store: pairs.Store) -> HyperConvDecoder:
     """Return the decoder from a condition of the store to its weight tokens, by way of the config's blocks."""
     length, width = store.tasks[0].condition.shape[1:]
-    features = ((config.condition.prompts, length, width), *map(tuple, config.decoder.blocks), store.layout.shape)
-    return HyperConvDecoder(features, config.decoder.kernel_size)
+    return decoder_of(config, length, width, store.layout.shape)
+
+
+def decoder_of(config: ml_collections.ConfigDict, length: int, width: int, tokens: tuple[int, int, int]) -> HyperConvDecoder:
+    """Return the decoder from conditions (N, L, C), shortened to `config.decoder.shortened` positions if that is set."""
+    shortened = config.decoder.shortened
+    features = ((config.condition.prompts, shortened or length, width), *map(tuple, config.decoder.blocks), tokens)
+    return HyperConvDecoder(features, config.decoder.kernel_size, length if shortened else None)
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -67,7 +73,7 @@ def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mes
 
     def init(rng: jax.Array) -> State:
         init_rng, rng = jax.random.split(rng)
-        params = decoder.init(init_rng, jnp.zeros((1, *decoder.features[0])))["params"]
+        params = decoder.init(init_rng, jnp.zeros((1, *decoder.condition_shape)))["params"]
         params["layers_0"]["norm"] |= calibrated
         return State(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
 
@@ -154,9 +160,12 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
     train_step = jax.jit(make_train_step(config, decoder, mask, store.importance), donate_argnums=0)
     evaluate = jax.jit(make_evaluate(decoder, tasks, mask, store.importance))
+    held_out = store.split("validation")
     # Too few examples to be worth splitting: every device validates on all of them.
-    validation = jax.device_put(validation_batch(store.split("validation"), config), sharding.replicated(mesh))
+    validation = jax.device_put(validation_batch(held_out, config), sharding.replicated(mesh)) if held_out else None
 
+    if t.calibrate and decoder.length:
+        raise InputError(f"config.train.calibrate is set, but conditions of {decoder.length} positions are shortened first")
     state = make_state(config, decoder, mesh, tasks if t.calibrate else ())
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder))
     state = checkpointer.restore(state) or state
@@ -172,7 +181,7 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
             if not (validates or done % t.log_every == 0):
                 continue
             entry = {k: float(v) for k, v in metrics.items()}
-            if validates:
+            if validates and validation is not None:
                 entry |= {k: float(v) for k, v in evaluate(state.params, *validation).items()}
             check_finite(entry, done, {tasks[n].name for n in numbers})
             seconds = time.perf_counter() - began
@@ -194,6 +203,7 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
     """Return what a checkpoint must say so that one can generate from it alone."""
     return {
         "config": json.loads(cli.config_json(config)), "features": [list(map(int, f)) for f in decoder.features],
+        "length": decoder.length,
         "kernel_size": decoder.kernel_size, "layout": store.layout.to_json(), "spec": store.manifest["spec"],
         "encoder": store.manifest["encoder"], "base": store.manifest["base"], "carried": keys.count_kinds(store.spec),
         "averaged": store.manifest["averaged"],
@@ -230,9 +240,10 @@ def define_flags() -> None:
 def main(args: Any) -> None:
     config, workdir = args.config, pathlib.Path(args.workdir)
     store = pairs.open_store(config.export.store)
-    for split in ("train", "validation"):
-        if not store.split(split):
-            raise InputError(f"{config.export.store}: has no {split} task, training needs at least one")
+    if not store.split("train"):
+        raise InputError(f"{config.export.store}: has no train task, training needs at least one")
+    if not store.split("validation"):
+        print(f"{config.export.store}: has no validation task, so the last checkpoint is the one that counts")
     claim_workdir(config, workdir)
     if store.spec.carried:
         files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)

@@ -99,7 +99,7 @@ def tiny_config(store, **train):
     config = tenants.get_config("smoke").unlock()
     config.export.store = str(store)
     config.condition.prompts = 4
-    config.decoder = {"blocks": ((6, 4, 6),), "kernel_size": 3}
+    config.decoder = {"blocks": ((6, 4, 6),), "kernel_size": 3, "shortened": None}
     config.train.update({"steps": 6, "batch_size": 8, "validate_every": 2, "log_every": 1} | train)
     return config.lock()
 

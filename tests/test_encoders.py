@@ -8,7 +8,8 @@ from dnd_jax import encoders
 from dnd_jax.types import InputError
 
 WORDS = "how zib is the whale ant crow reply in roman : ? bear".split()
-PROMPTS = [f"how zib is the {name} :" for name in ("whale", "ant", "crow", "bear")] + ["how", "zib is the whale ant crow ? : how zib"]
+PROMPTS = [*(f"how zib is the {name} :" for name in ("whale", "ant", "crow", "bear")), "how",
+           "zib is the whale ant crow ? : how zib"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def folders(tmp_path_factory):
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     t5 = t.T5EncoderModel(t.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
-    gpt = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=20, n_embd=16, n_layer=3, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1))
+    gpt = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=20, n_embd=16, n_layer=3, n_head=2, n_positions=32,
+                                          bos_token_id=1, eos_token_id=1))
     for name, model in (("t5", t5), ("gpt", gpt)):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -113,7 +115,8 @@ def test_bad_settings_are_named(folders, change, message):
         encoders.make(chosen | change)
 
 
-@pytest.mark.parametrize("text,message", [("a 1 2\nb 1\n", "line 2 has 1 values, expected 2"), ("", "no vectors"), ("a\n", "line 1")])
+@pytest.mark.parametrize("text,message", [
+    ("a 1 2\nb 1\n", "line 2 has 1 values, expected 2"), ("", "no vectors"), ("a\n", "line 1"), ("a 1 x\n", "line 1: could not")])
 def test_broken_vector_files_are_named(tmp_path, text, message):
     (tmp_path / "v.txt").write_text(text)
     with pytest.raises(InputError, match=message):

@@ -44,7 +44,7 @@ def spec_of_model(model: Mapping[str, Any], rank: int, targets: Sequence[str] = 
     """
     text = model.get("text_config") or model
     stack = "model/language_model/layers" if "text_config" in model else "model/layers"
-    leaves = {}
+    leaves: dict[str, Leaf] = {}
     for layer in range(text["num_hidden_layers"]):
         for name, (out, width) in linear_shapes(model).items():
             if name.rpartition(".")[2] in targets:

@@ -1,0 +1,95 @@
+"""What the paper's experiments share: models, collecting and training settings (arXiv 2506.16406; `reference.md` has the table).
+
+Dataset files are `data/<name>_train.json` and `data/<name>_test.json`, lists of prompt, response and system, made from the
+sets that the paper names. Hardware: an NVIDIA A100 or larger for collecting and evaluating; the decoders have one to two and
+a half billion parameters.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+# hub name, LoRA rank, and the fields of its config.json that decide the shapes of its adapters
+MODELS: dict[str, tuple[str, int, dict[str, int]]] = {
+    "0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", 8, {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2,
+                                               "intermediate_size": 4864, "num_hidden_layers": 24}),
+    "1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", 16, {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2,
+                                                "intermediate_size": 8960, "num_hidden_layers": 28}),
+    "7b": ("Qwen/Qwen2.5-7B-Instruct", 16, {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
+                                            "intermediate_size": 18944, "num_hidden_layers": 28}),
+    "vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 16, {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2,
+                                                  "intermediate_size": 11008, "num_hidden_layers": 36}),
+}
+MINILM = {"kind": "sentence", "name": "sentence-transformers/all-MiniLM-L12-v2"}
+MINILM_WIDTH = 384
+
+
+def tasks(train: Sequence[str], test: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return the list of tasks; test tasks are collected too, for the in-task rung."""
+    split = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
+    return {name: {"split": part, "train": f"data/{name}_train.json", "test": f"data/{name}_test.json"}
+            for name, part in split.items()}
+
+
+def published(
+    name: str, model: str, *, listed: Mapping[str, Any], prompts: int, length: int, blocks: Sequence[tuple[int, int, int]],
+    kernel_size: int, batch_size: int, steps: int, checkpoints: int, shortened: int | None = None, rows: int = 5000,
+    cut_off: int = 2048, encoder: Mapping[str, Any] = MINILM, width: int = MINILM_WIDTH, form: str = "prompt",
+    pool: int | None = None,
+) -> ml_collections.ConfigDict:
+    """Return the config of one published experiment.
+
+    Args:
+      name: of its folder under `runs/`.
+      model: key of MODELS.
+      listed: from `tasks`.
+      prompts: N, prompts of a condition.
+      length: L, positions of a prompt; `shortened` is what the learned projection makes of it, where it has one.
+      blocks: between the condition and the tokens.
+      kernel_size: k.
+      batch_size: of the decoder's training.
+      steps: of the decoder's training.
+      checkpoints: consecutive steps saved of every run.
+      shortened: M.
+      rows: of a dataset that are trained on at most.
+      cut_off: tokens of a training example at most.
+      encoder: kind, name and options.
+      width: C, channels of the encoder.
+      form: of the conditions.
+      pool: prompts that conditions are drawn from, None for all.
+    """
+    base, rank, shapes = MODELS[model]
+    config = ml_collections.ConfigDict()
+    config.seed = 42
+    config.base = base
+    config.model = {**shapes, "condition_width": width}
+    config.tasks = dict(listed)
+    config.encoder = {**encoder, "length": length}
+    config.condition = {"prompts": prompts, "form": form, "pool": pool}
+    config.collect = {
+        "out": f"runs/{name}/adapters", "rank": rank, "alpha": 2 * rank, "dropout": 0.0, "target_modules": ALL_LINEAR,
+        "initial_seed": 42, "seed_per_task": False, "learning_rate": 1e-4, "continued_learning_rate": 1e-5,
+        "warmup_ratio": 0.01, "weight_decay": 0.0, "clip_norm": 1.0, "batch_size": 16, "steps": 300, "checkpoints": checkpoints,
+        "multi_task_steps": 300, "max_length": cut_off, "max_rows": rows,
+    }
+    config.export = {"store": f"runs/{name}/store", "chunk": None, "gauge": "none"}
+    config.decoder = {"blocks": tuple(blocks), "kernel_size": kernel_size, "shortened": shortened}
+    config.train = {
+        "steps": steps, "batch_size": batch_size, "learning_rate": 3e-5, "warmup_steps": 1, "weight_decay": 0.1, "clip_norm": 1.0,
+        "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": False, "log_every": 10, "validate_every": 100,
+        "validation_draws": 4,
+    }
+    config.evaluate = {
+        "draws": 3, "batch_size": 32, "max_new_tokens": 256, "in_context_examples": 4, "ridge_draws": 8,
+        "top_k": (2, 4), "temperatures": (0.05, 0.2, 1.0), "penalties": (1e-4, 1e-2, 1.0),
+    }
+    return config.lock()
+
+
+def choose(variants: Mapping[str, Any], arg: str, default: str) -> Any:
+    """Return the variant that a config's argument names."""
+    if (arg or default) not in variants:
+        raise ValueError(f"argument {arg!r} is unknown, expected one of {list(variants)}")
+    return variants[arg or default]

@@ -1,0 +1,21 @@
+"""Vision and language, Qwen2.5-VL-3B: train on MathV360K, generate for MathVision and MathVista. The adapters are of the
+language tower, the conditions of the prompts' text.
+
+    python -m dnd_jax.train --config=experiments/configs/multimodal.py --workdir=runs/multimodal
+
+Hardware: see `common.py`.
+"""
+
+import ml_collections
+
+from experiments.configs import common
+
+VARIANTS = {"3b": "vl-3b"}
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Return the config."""
+    return common.published(
+        "multimodal/3b", common.choose(VARIANTS, arg, "3b"), listed=common.tasks(["MathV360K"], ["MathVision", "MathVista"]),
+        prompts=16, length=1536, blocks=((64, 500, 300), (256, 125, 300), (1024, 64, 300), (2048, 16, 256)), kernel_size=11,
+        batch_size=64, steps=5000, checkpoints=100)

@@ -1,0 +1,76 @@
+"""Every variant of every experiment builds, and its decoder goes from its encoder's conditions to its base's tokens."""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dnd_jax import cli, tokens, train
+from dnd_jax.adapters.architecture import spec_of_model
+
+FILES = ("common_sense", "coding", "math", "multimodal", "ablations")
+VARIANTS = [(file, variant) for file in FILES for variant in importlib.import_module(f"experiments.configs.{file}").VARIANTS]
+
+
+def get(file, variant):
+    return importlib.import_module(f"experiments.configs.{file}").get_config(variant)
+
+
+def decoder_for(config):
+    layout = tokens.plan(spec_of_model(config.model, config.collect.rank, config.collect.target_modules))
+    return train.decoder_of(config, config.encoder.length, config.model.condition_width, layout.shape), layout
+
+
+def shapes_of(decoder):
+    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
+    return jax.eval_shape(lambda x: decoder.init(jax.random.key(0), x), condition), condition
+
+
+@pytest.mark.parametrize("file,variant", VARIANTS)
+def test_decoder_fits_encoder_and_layout(file, variant):
+    config = get(file, variant)
+    decoder, layout = decoder_for(config)
+    params, condition = shapes_of(decoder)
+    assert condition.shape == (1, config.condition.prompts, config.encoder.length, config.model.condition_width)
+    out = jax.eval_shape(decoder.apply, params, condition)
+    assert out.shape == (1, *layout.shape)
+    splits = {entry["split"] for entry in config.tasks.values()}
+    assert splits == {"train", "test"} and json.loads(cli.config_json(config))["condition"]["prompts"] == config.condition.prompts
+
+
+def test_all_experiments_of_the_paper_are_there():
+    counts = {file: sum(1 for f, _ in VARIANTS if f == file) for file in FILES}
+    assert counts == {"common_sense": 7, "coding": 2, "math": 2, "multimodal": 1, "ablations": 18}
+
+
+def test_an_unknown_variant_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'ARC-x' is unknown, expected one of.*'ARC-c'"):
+        get("common_sense", "ARC-x")
+
+
+def test_every_docstring_says_command_and_hardware():
+    for file in FILES:
+        text = pathlib.Path(importlib.import_module(f"experiments.configs.{file}").__file__).read_text().split('"""')[1]
+        assert f"--config=experiments/configs/{file}.py" in text and "Hardware" in text
+
+
+# billions of parameters and TFLOP per adapter of the published decoders
+SIZES = {("common_sense", "ARC-c"): (1.11, 8.3), ("coding", "1.5b"): (1.72, 27.3), ("math", "1.5b"): (1.78, 37.9),
+         ("multimodal", "3b"): (2.41, 28.9), ("coding", "7b"): (1.94, 52.8)}
+
+
+def test_sizes_are_the_published_ones(capsys):
+    rows = {}
+    for file, variant in VARIANTS:
+        decoder, layout = decoder_for(get(file, variant))
+        params, _ = shapes_of(decoder)
+        rows[file, variant] = (sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e9, decoder.flops / 1e12, layout.shape)
+    with capsys.disabled():
+        print("\nexperiment                         parameters  TFLOP per adapter  tokens")
+        for (file, variant), (size, work, shape) in rows.items():
+            print(f"{file + ':' + variant:34s} {size:8.2f} G {work:18.1f}  {shape}")
+    for key, (size, work) in SIZES.items():
+        assert rows[key][0] == pytest.approx(size, rel=0.03) and rows[key][1] == pytest.approx(work, rel=0.1), key
