@@ -1,30 +1,76 @@
-"""Audit of the evaluation data, before any model is asked: labels, duplicates, prompts that were trained on."""
+"""Audit of data before any model is asked: labels, empty fields, duplicates, prompts that were trained on."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dnd_jax.prompts import Row
 
+FEW_LABELS = 20  # with more distinct responses a set isn't one of choice
 
-def audit(test: Mapping[str, Sequence[Row]], trained: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """Return rows, labels, majority and chance per test task, and `findings`, one sentence each, empty when sound."""
-    seen = {row.prompt: task for task, rows in trained.items() for row in rows}
+
+def audit(test: Mapping[str, Sequence[Row]], trained: Mapping[str, Sequence[Row]], *, ngram: int | None = None) -> dict[str, Any]:
+    """Return the facts of every test set under `tasks`, and `findings`, one sentence each, empty when all is sound.
+
+    Args:
+      test: rows of each test set; fields may be empty.
+      trained: rows of each training set.
+      ngram: also count test prompts that share so many consecutive words with a training prompt.
+    """
+    seen = {row.prompt: name for name, rows in trained.items() for row in rows}
+    grams = {gram for rows in trained.values() for row in rows for gram in _ngrams(row.prompt, ngram)}
     tasks: dict[str, Any] = {}
     findings: list[str] = []
-    files: dict[Any, str] = {}
-    for task, rows in test.items():
-        labels = Counter(row.response for row in rows)
+    for name, rows in test.items():
+        tasks[name] = facts = _facts(rows)
         overlap = [row.prompt for row in rows if row.prompt in seen]
-        tasks[task] = {"rows": len(rows), "labels": len(labels), "majority": max(labels.values()) / len(rows),
-                       "chance": 1 / len(labels), "prompts_trained_on": len(overlap)}
-        if len(labels) == 1:
-            findings.append(f"{task}: every one of {len(rows)} responses is {rows[0].response!r}")
+        shared = sum(1 for row in rows if row.prompt not in seen and not grams.isdisjoint(_ngrams(row.prompt, ngram)))
+        facts |= {"prompts_trained_on": len(overlap)} | ({f"share_{ngram}_words": shared} if ngram else {})
+        findings += [f"{name}: {sentence}" for sentence in _faults(rows, facts)]
         if overlap:
-            first = f"{overlap[0]!r} in {seen[overlap[0]]}"
-            findings.append(f"{task}: {len(overlap)} of {len(rows)} prompts occur in training, first {first}")
+            findings.append(f"{name}: {len(overlap)} of {len(rows)} prompts occur in training, first {overlap[0][:80]!r} in "
+                            f"{seen[overlap[0]]}")
+        if shared:
+            findings.append(f"{name}: {shared} of {len(rows)} prompts share {ngram} consecutive words with a training prompt")
+    return {"tasks": tasks, "findings": findings + _same_files({**trained, **test})}
+
+
+def _facts(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return rows, distinct responses, and of sets of choice the majority's share and chance."""
+    labels = Counter(row.response for row in rows if row.response.strip())
+    facts: dict[str, Any] = {"rows": len(rows), "labels": len(labels)}
+    if 0 < len(labels) <= FEW_LABELS:
+        facts |= {"majority": max(labels.values()) / labels.total(), "chance": 1 / len(labels),
+                  "distribution": {label: count / labels.total() for label, count in labels.most_common()}}
+    return facts
+
+
+def _faults(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
+    found = []
+    for field in ("prompt", "response"):
+        empty = sum(1 for row in rows if not getattr(row, field).strip())
+        if empty:
+            found.append(f"{empty} of {len(rows)} rows have no {field}")
+    if facts["labels"] == 1 and len(rows) > 1:
+        found.append(f"every one of {len(rows)} responses is {next(iter(facts['distribution']))!r}")
+    repeated = len(rows) - len({(row.system, row.prompt, row.response) for row in rows})
+    if repeated:
+        found.append(f"{repeated} of {len(rows)} rows repeat another")
+    return found
+
+
+def _same_files(sets: Mapping[str, Sequence[Row]]) -> list[str]:
+    first: dict[Any, str] = {}
+    found = []
+    for name, rows in sets.items():
         content = tuple(sorted((row.prompt, row.response) for row in rows))
-        if content in files:
-            findings.append(f"{task}: the same rows as {files[content]}")
-        files[content] = task
-    return {"tasks": tasks, "findings": findings}
+        if content in first:
+            found.append(f"{name}: the same rows as {first[content]}")
+        first.setdefault(content, name)
+    return found
+
+
+def _ngrams(text: str, n: int | None) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower()) if n else []
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n else set()

@@ -1,13 +1,21 @@
 """The audit names every defect that made published numbers meaningless, and is silent on sound data."""
 
+import json
+
+import pytest
+from conftest import run_module
+
+from data_pipeline.datasets import read_examples
 from dnd_jax.audit import audit
 from dnd_jax.prompts import Row
+from dnd_jax.types import InputError
 
 
 def test_sound_data_has_no_findings():
     found = audit({"a": [Row("p", "1"), Row("q", "2"), Row("r", "2"), Row("s", "2")]}, {"b": [Row("t", "1")]})
     assert found["findings"] == []
-    assert found["tasks"]["a"] == {"rows": 4, "labels": 2, "majority": 0.75, "chance": 0.5, "prompts_trained_on": 0}
+    assert found["tasks"]["a"] == {"rows": 4, "labels": 2, "majority": 0.75, "chance": 0.5,
+                                   "distribution": {"2": 0.75, "1": 0.25}, "prompts_trained_on": 0}
 
 
 def test_one_label_overlap_and_duplicate_are_named():
@@ -16,3 +24,59 @@ def test_one_label_overlap_and_duplicate_are_named():
     assert any("piqa: every one of 2 responses is 'A'" in f for f in findings)
     assert any("piqa: 1 of 2 prompts occur in training, first 'q' in train" in f for f in findings)
     assert any("copy: the same rows as piqa" in f for f in findings)
+
+
+def test_empty_fields_and_repeated_rows_are_counted():
+    findings = audit({"a": [Row("p", ""), Row("", "x"), Row("q", "y"), Row("q", "y")]}, {})["findings"]
+    assert findings == ["a: 1 of 4 rows have no prompt", "a: 1 of 4 rows have no response", "a: 1 of 4 rows repeat another"]
+
+
+def test_thirteen_shared_words_are_an_overlap_and_twelve_are_not():
+    words = [f"word{i}" for i in range(13)]
+    rows = {"a": [Row("Before, " + " ".join(words) + "!", "1"), Row("q", "2")]}
+    assert "1 of 2 prompts share 13" in audit(rows, {"t": [Row(" ".join(words), "x")]}, ngram=13)["findings"][0]
+    assert audit(rows, {"t": [Row(" ".join(words[:12]), "x")]}, ngram=13)["findings"] == []
+
+
+def test_free_text_has_no_majority():
+    found = audit({"a": [Row(f"p{i}", f"r{i}") for i in range(30)]}, {})
+    assert "majority" not in found["tasks"]["a"] and found["findings"] == []
+
+
+CHAT = [{"from": "system", "value": "s"}, {"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]
+
+
+@pytest.mark.parametrize("name,text,columns", [
+    ("a.json", json.dumps([{"prompt": "p", "response": "r", "system": "s"}]), {}),
+    ("a.jsonl", '{"prompt": "p", "response": "r", "system": "s"}\n\n', {}),
+    ("a.json", json.dumps([{"conversations": CHAT, "images": ["a.png"]}]), {}),
+    ("a.json", json.dumps([{"q": "p", "a": "r", "c": "s"}]), {"columns": {"prompt": "q", "response": "a", "system": "c"}}),
+])
+def test_forms_of_files(tmp_path, name, text, columns):
+    (tmp_path / name).write_text(text)
+    assert read_examples(tmp_path / name, **columns) == [Row("p", "r", "s")]
+
+
+@pytest.mark.parametrize("name,text,message", [
+    ("a.json", "[]", "non-empty list"), ("a.json", '[{"question": "p"}]', "no row has a column 'prompt', the first has"),
+    ("a.jsonl", '{"prompt": "p"}\n{', "line 2: not JSON"), 
+    ("a.json", '[{"conversations": [{"from": "dog"}]}]', "row 0: a turn is"),
+])
+def test_broken_files_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_examples(tmp_path / name)
+
+
+def test_command_prints_facts_and_fails_on_findings(tmp_path):
+    rows = [{"prompt": f"question {i}", "response": "AB"[i % 2]} for i in range(10)]
+    for name, content in (("good_test", rows), ("good_train", [{"prompt": "another", "response": "A"}]),
+                          ("piqa_test", [row | {"response": "A"} for row in rows])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    sound = run_module("data_pipeline.datasets", "audit", "good_test.json", "good_train.json", cwd=tmp_path)
+    assert "50.0%" in sound.stdout and "A 50%, B 50%" in sound.stdout and "finding" not in sound.stdout
+    done = run_module("data_pipeline.datasets", "audit", "good_test.json", "piqa_test.json", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "finding: piqa_test.json: every one of 10 responses is 'A'" in done.stdout
+    missing = run_module("data_pipeline.datasets", "audit", "nowhere.json", cwd=tmp_path, check=False)
+    assert missing.returncode == 1 and missing.stderr.startswith("error: nowhere.json")
