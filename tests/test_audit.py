@@ -59,7 +59,7 @@ def test_forms_of_files(tmp_path, name, text, columns):
 
 @pytest.mark.parametrize("name,text,message", [
     ("a.json", "[]", "non-empty list"), ("a.json", '[{"question": "p"}]', "no row has a column 'prompt', the first has"),
-    ("a.jsonl", '{"prompt": "p"}\n{', "line 2: not JSON"), 
+    ("a.jsonl", '{"prompt": "p"}\n{', "line 2: not JSON"),
     ("a.json", '[{"conversations": [{"from": "dog"}]}]', "row 0: a turn is"),
 ])
 def test_broken_files_are_named(tmp_path, name, text, message):
