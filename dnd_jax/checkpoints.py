@@ -15,15 +15,10 @@ from orbax.checkpoint import v1 as ocp
 from dnd_jax import files
 from dnd_jax.types import InputError, Params
 
-METRIC = "validation_recovery"
-
 
 def merit(metrics: dict[str, float]) -> float:
-    """Return what the best checkpoint has most of: the deviation recovered on validation tasks, no more and no less.
-
-    Without validation tasks all are alike, and the latest is taken.
-    """
-    return -abs(1 - metrics.get(METRIC, 1.0))
+    """Return what the best checkpoint has most of; without validation tasks all are alike, and the latest is taken."""
+    return -metrics.get("validation_loss", 0.0)
 
 
 class Checkpointer:

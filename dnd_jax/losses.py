@@ -24,18 +24,6 @@ def token_loss(
     return square.sum((1, 2, 3)) / mask.sum()
 
 
-def recovery(
-    predicted: Tokens, target: Tokens, mean: Float[Array | np.ndarray, "T H W"], mask: Bool[Array | np.ndarray, "T H W"]
-) -> Float[Array, " B"]:
-    """Return per example how much of the true deviation d from the mean tokens is predicted:  <d', d> / <d, d>.
-
-    Zero for a generator that averages, one when all of d is there, whatever else is. Unlike the loss it doesn't reward
-    shrinking towards the mean, which costs an adapter its effect, while errors in other directions hardly harm it.
-    """
-    found, true = (jnp.where(mask, x - mean, 0) for x in (predicted.astype(jnp.float32), target))
-    return (found * true).sum((1, 2, 3)) / (jnp.square(true).sum((1, 2, 3)) + 1e-12)
-
-
 def add_noise(rng: jax.Array, x: Float[Array, "..."], amplitude: float) -> Float[Array, "..."]:
     """Return x plus Gaussian noise of the given standard deviation."""
     return x + amplitude * jax.random.normal(rng, x.shape, x.dtype)

@@ -158,23 +158,16 @@ def _curve(metrics: Sequence[dict[str, Any]]) -> str:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = _figure(8, 3)
-    recovered = axes.twinx()
-    recovered.spines["top"].set_visible(False)
-    for on, key, label, color in (
-        (axes, "loss", "loss, training tasks", "#7f9db9"),
-        (axes, "validation_loss", "loss, validation tasks", "#c03a2b"),
-        (recovered, "validation_recovery", "deviation recovered, validation tasks (chooses the checkpoint)", "#444444"),
-    ):
+    for key, label, color in (("loss", "training tasks", "#7f9db9"), ("validation_loss", "validation tasks", "#c03a2b")):
         points = [(m["step"], m[key]) for m in metrics if key in m]
-        on.plot(*zip(*points, strict=True), color=color, label=label, ls="-" if on is axes else ":")
+        axes.plot(*zip(*points, strict=True), color=color, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks([tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if _within(tick, axes.get_ylim())])
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    recovered.set_ylim(0, 1)
-    figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.92), ncols=1, frameon=False, fontsize=9)
+    axes.legend(loc="upper right", frameon=False)
     return _svg(figure)
 
 

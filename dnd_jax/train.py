@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dnd_jax import baselines, checkpoints, cli, files, logs, pairs, sharding
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
-from dnd_jax.losses import add_noise, recovery, token_loss
+from dnd_jax.losses import add_noise, token_loss
 from dnd_jax.types import InputError, Params
 
 
@@ -132,15 +132,11 @@ def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigD
     return np.stack(conditions), np.stack(tokens)
 
 
-def make_evaluate(decoder: HyperConvDecoder, tasks: Sequence[pairs.Task], mask: np.ndarray, importance: np.ndarray
-                  ) -> Callable[..., dict[str, jax.Array]]:
-    """Return `(params, condition, tokens) -> mean loss and recovery`, without noise; `tasks` give the mean tokens."""
-    mean = np.mean([task.tokens[-1] for task in tasks], axis=0)
-
-    def evaluate(params: Params, condition: jax.Array, tokens: jax.Array) -> dict[str, jax.Array]:
+def make_evaluate(decoder: HyperConvDecoder, mask: np.ndarray, importance: np.ndarray) -> Callable[..., jax.Array]:
+    """Return `(params, condition, tokens) -> mean loss`, without noise."""
+    def evaluate(params: Params, condition: jax.Array, tokens: jax.Array) -> jax.Array:
         predicted: jax.Array = decoder.apply({"params": params}, condition.astype(jnp.float32))  # type: ignore[assignment]
-        return {"validation_loss": token_loss(predicted, tokens, mask, importance).mean(),
-                "validation_recovery": recovery(predicted, tokens, mean, mask).mean()}
+        return token_loss(predicted, tokens, mask, importance).mean()
 
     return evaluate
 
@@ -151,7 +147,7 @@ def make_evaluate(decoder: HyperConvDecoder, tasks: Sequence[pairs.Task], mask: 
 def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathlib.Path) -> None:
     """Train from the latest checkpoint, or from the start, to `config.train.steps`.
 
-    Writes `checkpoints/<step>` every `validate_every` steps, with loss and recovery on the validation tasks, and appends to
+    Writes `checkpoints/<step>` every `validate_every` steps, with the loss on the validation tasks, and appends to
     `metrics.jsonl`. Raises FloatingPointError at a loss that isn't finite, before anything of it is saved.
     """
     t = config.train
@@ -159,7 +155,7 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     decoder = make_decoder(config, store)
     tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
     train_step = jax.jit(make_train_step(config, decoder, mask, store.importance), donate_argnums=0)
-    evaluate = jax.jit(make_evaluate(decoder, tasks, mask, store.importance))
+    evaluate = jax.jit(make_evaluate(decoder, mask, store.importance))
     held_out = store.split("validation")
     # Too few examples to be worth splitting: every device validates on all of them.
     validation = jax.device_put(validation_batch(held_out, config), sharding.replicated(mesh)) if held_out else None
@@ -182,7 +178,7 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
                 continue
             entry = {k: float(v) for k, v in metrics.items()}
             if validates and validation is not None:
-                entry |= {k: float(v) for k, v in evaluate(state.params, *validation).items()}
+                entry["validation_loss"] = float(evaluate(state.params, *validation))
             check_finite(entry, done, {tasks[n].name for n in numbers})
             seconds = time.perf_counter() - began
             entry |= {"steps_per_s": (done - first) / seconds, "seconds": metrics_log.seconds + seconds}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax.losses import add_noise, recovery, token_loss
+from dnd_jax.losses import add_noise, token_loss
 
 
 def test_masked_weighted_mean_of_squares():
@@ -30,14 +30,3 @@ def test_loss_is_float32_for_bfloat16_predictions():
 def test_noise_has_the_amplitude_asked_for():
     noise = add_noise(jax.random.key(0), jnp.zeros(100_000), 1e-2)
     np.testing.assert_allclose(noise.std(), 1e-2, rtol=0.02)
-
-
-def test_recovery_is_zero_at_the_mean_one_at_the_target_and_blind_to_other_directions():
-    rng = np.random.default_rng(0)
-    mean, target = (rng.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(2))
-    aside = rng.normal(size=(2, 3, 4)).astype(np.float32)
-    aside -= (aside * (target - mean)).sum() / np.square(target - mean).sum() * (target - mean)
-    half = (mean + target) / 2
-    predicted = jnp.stack([mean, target, half, target + 3 * aside])
-    found = recovery(predicted, jnp.stack([target] * 4), mean, np.ones((2, 3, 4), bool))
-    np.testing.assert_allclose(found, [0, 1, 0.5, 1], atol=1e-4)
