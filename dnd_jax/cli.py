@@ -12,10 +12,11 @@ from ml_collections import config_flags
 from dnd_jax.types import InputError
 
 
-def define_config() -> None:
+def define_config(*, required: bool = True) -> None:
     """Define the flag `--config=FILE.py[:argument]`; fields are overridden by `--config.field=value`."""
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/tenants.py.", lock_config=True)
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
 
 
 def define_string(name: str, help_text: str) -> None:
@@ -45,7 +46,7 @@ def _parse_flags(argv: Sequence[str], words: bool) -> list[str]:
     """Parse, and turn what a config file or a flag can do wrong into an InputError."""
     try:
         rest = flags.FLAGS(list(argv))
-        if "config" in flags.FLAGS:
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()  # a file that can't be loaded is only noticed when its config is looked at
     except (flags.Error, OSError, SyntaxError, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
         config = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "command line")

@@ -71,6 +71,8 @@ def describe_carried(about: dict[str, Any]) -> str:
 
 def nearest_tasks(about: dict[str, Any], condition: Float[np.ndarray, "N L C"], count: int = 3) -> list[tuple[str, float]]:
     """Return the training tasks whose prompts are most like these, with the cosines of their pooled embeddings."""
+    if not about["embeddings"]:
+        return []
     known = np.array(list(about["embeddings"].values()))
     cosines = baselines.similarities(baselines.pool(condition), known)
     return [(list(about["embeddings"])[i], float(cosines[i])) for i in np.argsort(-cosines)[:count]]
@@ -105,7 +107,8 @@ def main(args: Any) -> None:
     text = card(spec, generator.about, {
         "decoder checkpoint": f"{pathlib.Path(args.workdir).resolve().name}, step {generator.step}", "profile": args.profile,
         "prompts": f"{len(texts)} from {pathlib.Path(args.prompts).name}, sha256 {files.sha256_file(args.prompts)}",
-        "nearest training tasks": ", ".join(f"{n} ({c:.2f})" for n, c in nearest_tasks(generator.about, condition)),
+        "nearest training tasks": ", ".join(f"{n} ({c:.2f})" for n, c in nearest_tasks(generator.about, condition))
+        or "not recorded",
         "date": time.strftime("%Y-%m-%d"),
     }, describe_carried(generator.about))
     folder = adapters.write_addressed(out.parent, tree, spec, text)

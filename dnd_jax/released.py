@@ -1,16 +1,34 @@
-"""Parameter names of the published PyTorch code <-> our parameter tree.
+"""Decoders in the published PyTorch code's format <-> our checkpoints.
+
+    python -m dnd_jax.released --checkpoint=FILE.pth --config=experiments/configs/common_sense.py:ARC-c --out=WORKDIR
+    python -m dnd_jax.released --workdir=WORKDIR --checkpoint=FILE.pth
+
+The first makes a workdir that `dnd_jax.generate` takes, the second goes back. Arrays are the same on both sides: kernels
+`[out, in, k, k]`, norm `[L, C]`, affine maps `[out, in]`; only names differ:
 
     "model.decoder.module_list.0.linear1.conv1w.weight"  <->  params["layers_0"]["width_conv_c"]
-
-Arrays are the same on both sides: kernels `[out, in, k, k]`, norm `[L, C]`.
 """
 
+import json
+import pathlib
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
+import safetensors.numpy
+from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dnd_jax import checkpoints, cli, encoders, files, tokens, train
+from dnd_jax.adapters.architecture import spec_of_model
+from dnd_jax.adapters.tensor_files import TensorFile
 from dnd_jax.types import InputError, Params
 
 NAMES = {
@@ -72,3 +90,108 @@ def params_to_torch(params: Params) -> dict[str, np.ndarray]:
         name = theirs[path] if path in theirs else f"{PREFIX}{layer.removeprefix('layers_')}.{theirs[ours]}"
         state[name] = np.asarray(value)
     return state
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+# Run in a process of its own: a stranger's file may crash the reader, but not run code, since weights_only refuses that.
+READ = """
+import sys, torch
+from safetensors.torch import save_file
+state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+for key in ("state_dict", "model_state_dict"):
+    state = state.get(key, state)
+save_file({k: v.float().contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}, sys.argv[2])
+"""
+WRITE = """
+import sys, torch
+from safetensors.torch import load_file
+torch.save(load_file(sys.argv[1]), sys.argv[2])
+"""
+
+
+def read_state(path: files.PathLike, max_bytes: int) -> dict[str, np.ndarray]:
+    """Read a PyTorch state dict as float32 arrays.
+
+    Raises:
+      InputError: a missing file, one above `max_bytes`, one that is no state dict or holds anything but tensors.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: No such file")
+    if (size := path.stat().st_size) > max_bytes:
+        raise InputError(f"{path}: {size} bytes, at most {max_bytes}")
+    with tempfile.TemporaryDirectory() as folder:
+        converted = f"{folder}/state.safetensors"
+        _run(READ, path, converted)
+        with TensorFile(converted) as file:
+            return file.read()
+
+
+def write_state(path: files.PathLike, state: Mapping[str, np.ndarray]) -> None:
+    """Write a PyTorch state dict."""
+    with tempfile.TemporaryDirectory() as folder:
+        safetensors.numpy.save_file(dict(state), f"{folder}/state.safetensors")
+        _run(WRITE, f"{folder}/state.safetensors", f"{folder}/state.pth")
+        files.copy(f"{folder}/state.pth", path)
+
+
+def _run(code: str, source: files.PathLike, target: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code, str(source), target], capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{source}: {(done.stderr.strip().splitlines() or ['the reader crashed'])[-1][:300]}")
+
+
+def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.ndarray], workdir: pathlib.Path) -> None:
+    """Write a workdir of one checkpoint, at step 0, with the decoder that the config describes.
+
+    Raises:
+      InputError: a parameter of another shape than the config's decoder has; nothing is written.
+    """
+    shapes = config.get("model") or files.read_json(f"{config.base}/config.json")
+    spec = spec_of_model(shapes, config.collect.rank, config.collect.target_modules)
+    layout = tokens.plan(spec, config.export.chunk)
+    width = config.model.condition_width if "model" in config else encoders.make(config.encoder).width
+    decoder = train.decoder_of(config, config.encoder.length, width, layout.shape)
+    params = params_from_torch(state)
+    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
+    expected = flatten_dict(jax.eval_shape(lambda x: decoder.init(jax.random.key(0), x), condition)["params"], sep="/")
+    found = flatten_dict(dict(params), sep="/")
+    for path in sorted(expected.keys() | found.keys()):
+        ours, theirs = (list(tree[path].shape) if path in tree else None for tree in (found, expected))
+        if ours != theirs:
+            raise InputError(f"state dict: {path} is {ours}, the config's decoder has {theirs}")
+    about = {
+        "config": json.loads(cli.config_json(config)), "features": [list(f) for f in decoder.features], "length": decoder.length,
+        "kernel_size": decoder.kernel_size, "layout": layout.to_json(), "spec": spec.to_json(),
+        "encoder": config.encoder.to_dict(), "base": {"name": config.base, "sha256": "not recorded"},
+        "carried": {}, "averaged": [], "embeddings": {},
+    }
+    files.write_text(workdir / "config.json", cli.config_json(config) + "\n")
+    checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about)
+    checkpointer.save(0, {"params": params}, {})
+    checkpointer.close()
+
+
+def define_flags() -> None:
+    cli.define_string("checkpoint", "PyTorch file with the published decoder's state dict.")
+    cli.define_config(required=False)
+    flags.DEFINE_string("out", None, "Workdir to write, with --config.")
+    flags.DEFINE_string("workdir", None, "Workdir whose best checkpoint is written to the PyTorch file.")
+    flags.DEFINE_integer("max_gigabytes", 20, "Largest PyTorch file that is read.")
+
+
+def main(args: Any) -> None:
+    if bool(args.workdir) == bool(args.config and args.out):
+        raise InputError("command line: expected either --config and --out, or --workdir")
+    if args.workdir:
+        step, params, _, _ = checkpoints.load_best(f"{args.workdir}/checkpoints")
+        write_state(args.checkpoint, params_to_torch(params))
+        print(f"{args.checkpoint}: step {step} of {args.workdir}")
+    else:
+        import_checkpoint(args.config, read_state(args.checkpoint, args.max_gigabytes * 10**9), pathlib.Path(args.out))
+        print(f"{args.out}: the decoder of {args.checkpoint}")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

@@ -30,9 +30,10 @@ def test_second_demo_only_prints(project):
 
 
 @pytest.mark.slow
-def test_numbers_of_seed_0(project):
-    run_module("experiments.demo", cwd=project)
-    root = project / "build" / "tenants"
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_numbers(project, seed):
+    run_module("experiments.demo", f"--arg=seed={seed}" if seed else "--arg=", cwd=project)
+    root = project / "build" / (f"tenants-seed{seed}" if seed else "tenants")
     known = json.loads((root / "base_model.json").read_text())
     assert known["fact_recall"] >= 0.95 and known["tenants_prompts"] < 0.1
     report = json.loads((root / "run" / "report.json").read_text())

@@ -1,0 +1,66 @@
+"""A released decoder becomes a workdir that generates, and goes back; files that aren't one are refused."""
+
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_module
+
+from dnd_jax import adapters, checkpoints, pairs, released, tokens, train
+from dnd_jax.types import InputError
+from experiments.configs import tenants
+
+CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
+
+
+def test_a_released_decoder_generates_and_goes_back(smoke, tmp_path):
+    root = smoke / "build" / "tenants-smoke"
+    store = pairs.open_store(root / "store")
+    decoder = train.make_decoder(tenants.get_config("smoke"), store)
+    condition = store.split("test")[0].condition[:20].astype(np.float32)
+    params = decoder.init(jax.random.key(3), condition[None])["params"]
+    state = {name: torch.tensor(value) for name, value in released.params_to_torch(params).items()}
+    torch.save(state | {"criterion_weight": torch.ones(3)}, tmp_path / "theirs.pth")
+
+    run_module("dnd_jax.released", CONFIG, f"--checkpoint={tmp_path}/theirs.pth", f"--out={tmp_path}/workdir", cwd=smoke)
+    _, ours, about, _ = checkpoints.load_best(tmp_path / "workdir" / "checkpoints")
+    assert about["features"][-1] == list(store.layout.shape)
+    expected = decoder.apply({"params": params}, condition[None])
+    np.testing.assert_array_equal(decoder.apply({"params": ours}, condition[None]), expected)
+
+    (tmp_path / "prompts.txt").write_text("\n".join(store.split("test")[0].prompts[:20]))
+    done = run_module("dnd_jax.generate", f"--workdir={tmp_path}/workdir", f"--prompts={tmp_path}/prompts.txt",
+                      f"--out={tmp_path}/adapter", cwd=smoke)
+    assert "checkpoint 0" in done.stdout
+    _, spec = adapters.read(tmp_path / "adapter")
+    assert spec.leaves == store.spec.leaves and tokens.plan(spec) == store.layout
+
+    run_module("dnd_jax.released", f"--workdir={tmp_path}/workdir", f"--checkpoint={tmp_path}/back.pth", cwd=smoke)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], value) for name, value in state.items())
+
+    torch.save(state | {"model.decoder.module_list.0.linear1.bias": torch.ones(2, 2)}, tmp_path / "other.pth")
+    refused = run_module("dnd_jax.released", CONFIG, f"--checkpoint={tmp_path}/other.pth", f"--out={tmp_path}/no", cwd=smoke,
+                         check=False)
+    assert refused.returncode == 1 and "layers_0/bias is [2, 2], the config's decoder has" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize("content,limit,message", [
+    (None, 100, "No such file"), (b"x" * 200, 100, "200 bytes, at most 100"), (b"not a checkpoint", 100, "file.pth: "),
+    (pickle.dumps(Bomb()), 1000, "file.pth: "),
+])
+def test_files_that_are_no_state_dict_are_refused(tmp_path, monkeypatch, content, limit, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        released.read_state(tmp_path / "file.pth", limit)
+    assert not (tmp_path / "ran").exists()
