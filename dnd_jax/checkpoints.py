@@ -4,6 +4,7 @@ A checkpoint holds the training state, its metrics, and `about`: config, layout,
 workdir around it is enough to generate.
 """
 
+import json
 import logging
 import pathlib
 from typing import Any
@@ -26,20 +27,35 @@ class Checkpointer:
 
     def __init__(self, folder: files.PathLike, about: dict[str, Any]):
         logging.getLogger("absl").setLevel(logging.ERROR)
+        self._folder = pathlib.Path(folder).resolve()
+        self._about = about
+        self._pending: Any = None
+        for path in _steps(self._folder):
+            if fault := _fault(path):
+                set_aside(path, fault)
+        self._checkpointer = self._open()
+
+    def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(2), policies.BestN(get_metric_fn=merit, n=1)]
-        self._about = about
-        self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(folder).resolve(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        return ocp.training.Checkpointer(
+            self._folder, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
         )
-        self._pending: Any = None
 
     def restore(self, like: Any) -> Any | None:
-        """Return the latest state, laid out like the (abstract) state `like`, or None when there is none."""
-        latest = self._checkpointer.latest
-        return None if latest is None else self._checkpointer.load(latest, abstract_state=like)
+        """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
+
+        A checkpoint that can't be loaded is set aside, and standard output says so.
+        """
+        while (latest := self._checkpointer.latest) is not None:
+            try:
+                return self._checkpointer.load(latest, abstract_state=like)
+            except Exception as error:  # what damage raises, and where, is not documented
+                set_aside(self._folder / str(latest.step), str(error))
+                self._checkpointer.close()
+                self._checkpointer = self._open()
+        return None
 
     def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
         """Start saving in the background; a failure of the save before is raised here."""
@@ -58,6 +74,30 @@ class Checkpointer:
         """Finish the save under way."""
         self.wait()
         self._checkpointer.close()
+
+
+def set_aside(path: pathlib.Path, fault: str) -> None:
+    """Rename a damaged checkpoint so that nothing takes it for one, and say so."""
+    target = next(t for i in range(1000) if not (t := path.with_name(f"{path.name}.damaged{i or ''}")).exists())
+    path.rename(target)
+    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}; going on from the checkpoint before it")
+
+
+def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit())
+
+
+def _fault(path: pathlib.Path) -> str | None:
+    """Return what would keep the whole folder of checkpoints from opening, if there is anything."""
+    if not (path / "_CHECKPOINT_METADATA").is_file():
+        return "incomplete: no _CHECKPOINT_METADATA"
+    try:
+        metrics = path / "metrics" / "metrics"
+        if metrics.exists() and not isinstance(json.loads(metrics.read_text()), dict):
+            return "metrics are no JSON object"
+    except ValueError as error:
+        return f"metrics: {error}"
+    return None
 
 
 def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict[str, float]]:
@@ -82,8 +122,11 @@ def load_latest(folder: files.PathLike) -> tuple[int, Params]:
 def _open(folder: files.PathLike) -> ocp.training.Checkpointer:
     logging.getLogger("absl").setLevel(logging.ERROR)
     folder = pathlib.Path(folder).resolve()
-    if not any(folder.glob("[0-9]*")):
+    if not (steps := _steps(folder)):
         raise InputError(f"{folder}: holds no checkpoint, run dnd_jax.train first")
+    for path in steps:
+        if fault := _fault(path):
+            raise InputError(f"{path}: {fault}; training again with the same command sets it aside")
     return ocp.training.Checkpointer(folder)
 
 

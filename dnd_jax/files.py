@@ -1,11 +1,13 @@
 """Writing without halves: a file or folder is complete under its final name, or absent."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +72,27 @@ def link(name: PathLike, target: pathlib.Path) -> None:
     temporary.symlink_to(os.path.relpath(target, path.parent), target_is_directory=True)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def lock(folder: PathLike) -> None:
+    """Make a folder this process's own until it ends, however it ends; raise InputError if it is another's.
+
+    Locks are the operating system's, so that none outlives its process; some network file systems have none across hosts.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(descriptor, 100, 0).decode(errors="replace")
+        os.close(descriptor)
+        raise InputError(f"{folder}: is in use by {owner or 'another process'}") from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -10,8 +10,10 @@ import dataclasses
 import json
 import math
 import pathlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,8 @@ from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, token_loss
 from dnd_jax.types import InputError, Params
+
+FREE = frozenset({"train.log_every"})  # fields that change no parameter of a run; another value may resume it
 
 
 @jax.tree_util.register_dataclass
@@ -168,12 +172,13 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     first = int(state.step)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0)
     began = time.perf_counter()
-    with contextlib.closing(checkpointer), logs.MetricsLog(workdir, first) as metrics_log:
+    with contextlib.closing(checkpointer), logs.MetricsLog(workdir, first) as metrics_log, until_terminated() as terminated:
         for step in bar:
             condition, tokens, numbers = pairs.batch(tasks, config.seed, step, t.batch_size, config.condition.prompts)
             state, metrics = train_step(state, *sharding.put(mesh, condition, tokens))
             done = step + 1
-            validates = done % t.validate_every == 0 or done == t.steps
+            stops = terminated()
+            validates = done % t.validate_every == 0 or done == t.steps or stops
             if not (validates or done % t.log_every == 0):
                 continue
             entry = {k: float(v) for k, v in metrics.items()}
@@ -186,6 +191,23 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
             bar.set_postfix(loss=f"{entry['loss']:.4f}")
             if validates:
                 checkpointer.save(done, state, entry)
+            if stops:
+                print(f"terminated: step {done} is saved, the same command goes on from there")
+                return
+
+
+@contextlib.contextmanager
+def until_terminated() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether SIGTERM has come; it no longer ends the process while the block runs."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_finite(metrics: dict[str, float], step: int, names: set[str]) -> None:
@@ -208,14 +230,20 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Write the config into a new workdir; raise InputError when the workdir has another one, naming the first field."""
+    """Write the config into a new workdir; in an old one it may differ in FREE fields only.
+
+    Raises:
+      InputError: another run is using the workdir, or it has another config; the message names every field and both values.
+    """
     path = workdir / "config.json"
     new = json.loads(cli.config_json(config))
-    if not path.exists():
-        files.write_text(path, cli.config_json(config) + "\n")
-        return
-    for field, (old_value, new_value) in sorted(differences(files.read_json(path), new).items()):
-        raise InputError(f"{path}: {field} is {old_value!r}, the config given says {new_value!r}")
+    if path.exists():
+        found = {field: values for field, values in differences(files.read_json(path), new).items() if field not in FREE}
+        if found:
+            raise InputError("; ".join(f"{path}: {field} is {old!r}, the config given says {given!r}"
+                                       for field, (old, given) in sorted(found.items())))
+    files.lock(workdir)
+    files.write_text(path, cli.config_json(config) + "\n")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

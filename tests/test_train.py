@@ -119,3 +119,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tmp_path, store):
     for step in (tmp_path / "run" / "checkpoints").glob("[0-9]*"):
         _, params = checkpoints.load_latest(step.parent)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def start_and_wait(store, workdir, step, **settings):
+    """Start a training process and wait until its log has reached a step."""
+    command = [sys.executable, "-m", *train_command(store, workdir, **settings)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (workdir / "metrics.jsonl").exists() or not read_log(workdir) or read_log(workdir)[-1]["step"] < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-2000:]
+        time.sleep(0.05)
+    return process
+
+
+def test_sigterm_saves_and_a_second_run_is_kept_out(tmp_path, store):
+    settings = {"steps": 100_000, "validate_every": 100_000}
+    process = start_and_wait(store, tmp_path / "run", 20, **settings)
+    second = run_module(*train_command(store, tmp_path / "run", **settings), check=False)
+    assert second.returncode == 1 and f"run: is in use by process {process.pid}" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "terminated: step" in stdout
+    step, _ = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
+    assert step == read_log(tmp_path / "run")[-1]["step"] >= 20 and f"step {step} is saved" in stdout
+
+
+@pytest.mark.parametrize("damage", ["data", "metrics", "empty", "metadata"])
+def test_a_damaged_checkpoint_is_set_aside_and_training_goes_on(tmp_path, store, capsys, damage):
+    config, path = tiny_config(store), tmp_path / "run" / "checkpoints" / "6"
+    train.train(config, pairs.open_store(store), tmp_path / "run")
+    whole = checkpoints.load_latest(tmp_path / "run" / "checkpoints")[1]
+    if damage == "data":
+        for file in (path / "state").rglob("*"):
+            if file.is_file() and file.stat().st_size > 2000:
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "metrics":
+        (path / "metrics" / "metrics").write_text("{")
+    elif damage == "empty":
+        (tmp_path / "run" / "checkpoints" / "7").mkdir()
+    else:
+        (path / "_CHECKPOINT_METADATA").unlink()
+    if damage not in ("data",):
+        with pytest.raises(InputError, match="the same command sets it aside"):
+            checkpoints.load_best(tmp_path / "run" / "checkpoints")
+    train.train(config, pairs.open_store(store), tmp_path / "run")
+    assert "damaged" in capsys.readouterr().out
+    step, params = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
+    assert step == 6 and any(tmp_path.rglob("*.damaged"))
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+
+
+def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
+    run_module(*train_command(store, tmp_path / "run"))
+    done = run_module(*train_command(store, tmp_path / "run", steps=7, batch_size=9), check=False)
+    assert "train.batch_size is 8, the config given says 9" in done.stderr and "train.steps is 6" in done.stderr
+    run_module(*train_command(store, tmp_path / "run", log_every=3))
