@@ -14,6 +14,7 @@ from typing import Any
 from dnd_jax.types import InputError
 
 PathLike = str | os.PathLike[str]
+_LOCKED: set[pathlib.Path] = set()  # by this process
 
 
 @contextlib.contextmanager
@@ -75,11 +76,13 @@ def link(name: PathLike, target: pathlib.Path) -> None:
 
 
 def lock(folder: PathLike) -> None:
-    """Make a folder this process's own until it ends, however it ends; raise InputError if it is another's.
+    """Make a folder this process's own until it ends, however it ends; raise InputError if it is another process's.
 
     Locks are the operating system's, so that none outlives its process; some network file systems have none across hosts.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).resolve()
+    if folder in _LOCKED:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
@@ -91,6 +94,7 @@ def lock(folder: PathLike) -> None:
         owner = os.pread(descriptor, 100, 0).decode(errors="replace")
         os.close(descriptor)
         raise InputError(f"{folder}: is in use by {owner or 'another process'}") from error
+    _LOCKED.add(folder)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 

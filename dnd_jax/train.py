@@ -81,7 +81,8 @@ def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mes
         params["layers_0"]["norm"] |= calibrated
         return State(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
 
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed, impl="threefry2x32"))
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    return jax.jit(init, out_shardings=sharding.of_state(mesh, jax.eval_shape(init, key)))(key)
 
 
 def calibrate(tasks: Sequence[pairs.Task]) -> dict[str, jax.Array]:
@@ -155,10 +156,9 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     `metrics.jsonl`. Raises FloatingPointError at a loss that isn't finite, before anything of it is saved.
     """
     t = config.train
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(config.mesh)
     decoder = make_decoder(config, store)
     tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
-    train_step = jax.jit(make_train_step(config, decoder, mask, store.importance), donate_argnums=0)
     evaluate = jax.jit(make_evaluate(decoder, mask, store.importance))
     held_out = store.split("validation")
     # Too few examples to be worth splitting: every device validates on all of them.
@@ -169,6 +169,9 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     state = make_state(config, decoder, mesh, tasks if t.calibrate else ())
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder))
     state = checkpointer.restore(state) or state
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    train_step = jax.jit(make_train_step(config, decoder, mask, store.importance), donate_argnums=0,
+                         out_shardings=(places, None))
     first = int(state.step)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0)
     began = time.perf_counter()

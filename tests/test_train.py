@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_store, run_module, tiny_config, train_command
 
-from dnd_jax import checkpoints, pairs, train
+from dnd_jax import checkpoints, pairs, sharding, train
 from dnd_jax.types import InputError
 
 
@@ -89,16 +89,62 @@ def test_without_validation_tasks_the_last_checkpoint_counts(tmp_path, rng):
     assert step == 6 and "validation_loss" not in metrics
 
 
-def test_one_device_equals_eight(tmp_path, store):
-    run_module(*train_command(store, tmp_path / "one"))
-    run_module(*train_command(store, tmp_path / "eight"), env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
-    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "eight"), strict=True):
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    store = make_store(folder / "store", np.random.default_rng(0))
+    run_module(*train_command(store, folder / "run"))
+    return store, read_log(folder / "run")
+
+
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.mark.parametrize("data,fsdp,tensor", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_one_device_equals_every_mesh_of_eight(tmp_path, on_one_device, data, fsdp, tensor):
+    store, log = on_one_device
+    mesh = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
+    run_module(*train_command(store, tmp_path / "run"), *mesh, env=EIGHT)
+    for one, eight in zip(log, read_log(tmp_path / "run"), strict=True):
+        np.testing.assert_allclose(eight["loss"], one["loss"], rtol=1e-6)
+
+
+CHECK_PLACES = """
+import jax, sys
+from conftest import tiny_config
+from dnd_jax import pairs, sharding, train
+config = tiny_config(sys.argv[1])
+store = pairs.open_store(config.export.store)
+decoder, mesh = train.make_decoder(config, store), sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+state = train.make_state(config, decoder, mesh)
+parts = jax.tree.leaves(state.opt_state, is_leaf=lambda part: hasattr(part, "mu"))
+adam = next(part for part in parts if hasattr(part, "mu"))
+for tree in (adam.mu, adam.nu):
+    jax.tree.map(lambda a, b: None if a.sharding == b.sharding else sys.exit(f"{a.sharding} {b.sharding}"), tree, state.params)
+print({str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)})
+kernel = state.params["layers_0"]["width_conv_c"]
+print(kernel.shape, kernel.addressable_shards[0].data.shape)
+"""
+
+
+def test_optimizer_state_lies_where_its_parameters_lie(store):
+    env = {**os.environ, **EIGHT, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    done = subprocess.run([sys.executable, "-c", CHECK_PLACES, store], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'tensor', 'fsdp'" in done.stdout and "(6, 4, 3, 3) (3, 2, 3, 3)" in done.stdout
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    mesh = sharding.make_mesh()
+    with pytest.raises(InputError, match=r"layers_0/gate \[3\]: no rule"):
+        sharding.of_state(mesh, {"layers_0": {"gate": np.zeros(3)}})
+    with pytest.raises(InputError, match=r"config\.mesh is {'fsdp': 7}, which does not fit"):
+        sharding.make_mesh({"fsdp": 7})
 
 
 def test_batch_that_devices_do_not_divide_is_refused(tmp_path, store):
     done = run_module(*train_command(store, tmp_path / "run", batch_size=6), check=False,
-                      env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+                      env=EIGHT)
     assert done.returncode == 1 and "a batch of 6 does not divide over 8 devices" in done.stderr
 
 

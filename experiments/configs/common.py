@@ -76,6 +76,7 @@ def published(
     }
     config.export = {"store": f"runs/{name}/store", "chunk": None, "gauge": "none"}
     config.decoder = {"blocks": tuple(blocks), "kernel_size": kernel_size, "shortened": shortened}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.train = {
         "steps": steps, "batch_size": batch_size, "learning_rate": 3e-5, "warmup_steps": 1, "weight_decay": 0.1, "clip_norm": 1.0,
         "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": False, "log_every": 10, "validate_every": 100,

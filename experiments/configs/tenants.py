@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     gauge = options["gauge"]
     config.export = {"store": f"{root}/store" + (f"-{gauge}" if gauge else ""), "chunk": None, "gauge": gauge or "none"}
     config.decoder = {"blocks": ((24, 10, 48), (32, 8, 48), (32, 6, 48)), "kernel_size": 5, "shortened": None}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.train = {
         "steps": 4 if smoke else 700, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 3.0,
         "clip_norm": 1.0, "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": True,
