@@ -99,31 +99,31 @@ def lock(folder: PathLike) -> None:
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
-def write_text(path: PathLike, text: str) -> None:
-    """Write `text` to `path` through a temporary name in the same folder."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+@contextlib.contextmanager
+def atomic_file(final: PathLike) -> Iterator[pathlib.Path]:
+    """Yield a path beside `final`; what is written there takes that name when the block ends without error."""
+    final = pathlib.Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         sync(temporary)
-        os.rename(temporary, path)
-        sync(path.parent)
+        os.rename(temporary, final)
+        sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def copy(source: PathLike, target: PathLike) -> None:
-    """Copy a file to `target` through a temporary name in the same folder."""
-    target = pathlib.Path(target)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
+    """Copy a file to `target` atomically."""
+    with atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
-        sync(temporary)
-        os.rename(temporary, target)
-        sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: PathLike, value: Any) -> None:
