@@ -17,9 +17,9 @@ from dnd_jax import files
 from dnd_jax.types import InputError, Params
 
 
-def merit(metrics: dict[str, float]) -> float:
+def merit(metrics: dict[str, float] | None) -> float:
     """Return what the best checkpoint has most of; without validation tasks all are alike, and the latest is taken."""
-    return -metrics.get("validation_loss", 0.0)
+    return -(metrics or {}).get("validation_loss", 0.0)
 
 
 class Checkpointer:
@@ -109,7 +109,7 @@ def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict
     with _open(folder) as checkpointer:
         best = max(checkpointer.checkpoints, key=lambda c: (merit(c.metrics), c.step))
         about = checkpointer.checkpointables_metadata(best.step).custom_metadata
-        return best.step, _load_params(checkpointer, best.step), about, dict(best.metrics)
+        return best.step, _load_params(checkpointer, best.step), about, dict(best.metrics or {})
 
 
 def load_latest(folder: files.PathLike) -> tuple[int, Params]:

@@ -46,7 +46,7 @@ def test_fewer_prompts_than_asked_are_all_taken_then_repeated():
 def test_another_format_is_refused(store):
     path = store / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
-    with pytest.raises(InputError, match=r"manifest\.json: format is 0, expected 1"):
+    with pytest.raises(InputError, match=r"manifest\.json: format is 0, expected 2"):
         pairs.open_store(store)
 
 
