@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.base = f"{root}/base"
     config.tasks = f"{root}/tasks.json"
     config.encoder = {"name": f"{root}/encoder", "length": 14}
-    config.condition = {"prompts": 20, "form": "prompt", "pool": None}
+    config.condition = {"prompts": 14, "form": "prompt", "pool": None}
 
     config.collect = {
         "out": f"{root}/adapters" + ("-seeds" if options["gauge"] else ""),
