@@ -18,8 +18,9 @@ CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
 def test_a_released_decoder_generates_and_goes_back(smoke, tmp_path):
     root = smoke / "build" / "tenants-smoke"
     store = pairs.open_store(root / "store")
-    decoder = train.make_decoder(tenants.get_config("smoke"), store)
-    condition = store.split("test")[0].condition[:20].astype(np.float32)
+    config = tenants.get_config("smoke")
+    decoder, n = train.make_decoder(config, store), config.condition.prompts
+    condition = store.split("test")[0].condition[:n].astype(np.float32)
     params = decoder.init(jax.random.key(3), condition[None])["params"]
     state = {name: torch.tensor(value) for name, value in released.params_to_torch(params).items()}
     torch.save(state | {"criterion_weight": torch.ones(3)}, tmp_path / "theirs.pth")
@@ -30,7 +31,7 @@ def test_a_released_decoder_generates_and_goes_back(smoke, tmp_path):
     expected = decoder.apply({"params": params}, condition[None])
     np.testing.assert_array_equal(decoder.apply({"params": ours}, condition[None]), expected)
 
-    (tmp_path / "prompts.txt").write_text("\n".join(store.split("test")[0].prompts[:20]))
+    (tmp_path / "prompts.txt").write_text("\n".join(store.split("test")[0].prompts[:n]))
     done = run_module("dnd_jax.generate", f"--workdir={tmp_path}/workdir", f"--prompts={tmp_path}/prompts.txt",
                       f"--out={tmp_path}/adapter", cwd=smoke)
     assert "checkpoint 0" in done.stdout
