@@ -95,10 +95,9 @@ def define_flags() -> None:
 
 
 def main(args: Any) -> None:
-    texts = prompts.read_prompts(args.prompts)
+    texts, out = prompts.read_prompts(args.prompts), files.check_link(args.out)
     generator = Generator(args.workdir)
     encoder = encoders.make(generator.about["encoder"])
-    out = files.check_link(args.out)
     began = time.perf_counter()
     condition = encoder(choose(texts, generator.prompts, args.seed))
     tree, spec = generator(condition), generator.spec

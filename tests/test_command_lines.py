@@ -58,6 +58,9 @@ def test_prompt_files_empty_or_missing(smoke, tmp_path):
         refuse("dnd_jax.generate", workdir, f"--prompts={name}", "--out=adapter", cwd=tmp_path, contains=[name, contains])
     refuse("dnd_jax.generate", "--workdir=void", "--prompts=empty.txt", "--out=a", cwd=tmp_path, contains=["empty.txt"])
     (tmp_path / "good.txt").write_text("how zib is the whale :\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("of somebody")
+    refuse("dnd_jax.generate", workdir, "--prompts=good.txt", "--out=taken", cwd=tmp_path, contains=["taken", "not a link"])
     refuse("dnd_jax.generate", "--workdir=void", "--prompts=good.txt", "--out=a", cwd=tmp_path, contains=["void", "checkpoint"])
 
 
