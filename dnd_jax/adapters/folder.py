@@ -8,6 +8,7 @@ The tree holds what a decoder generates, the matrices A `[r, in]` and B `[out, r
 The spec holds all the rest of the folder, so that writing gives back the same tensors and an equal config.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import pathlib
@@ -85,7 +86,7 @@ def write(folder: files.PathLike, tree: Tree, spec: Spec) -> None:
     """
     tensors = _tensors(tree, spec, str(folder))
     with files.atomic_folder(folder) as temporary:
-        _write_files(temporary, tensors, spec)
+        _write_files(temporary, tensors, spec, str(folder))
 
 
 def write_addressed(root: files.PathLike, tree: Tree, spec: Spec, card: str | None = None) -> pathlib.Path:
@@ -100,7 +101,7 @@ def write_addressed(root: files.PathLike, tree: Tree, spec: Spec, card: str | No
     root = pathlib.Path(root)
     tensors = _tensors(tree, spec, str(root))
     with files.temporary_folder(root / "adapter") as temporary:
-        _write_files(temporary, tensors, spec)
+        _write_files(temporary, tensors, spec, str(root))
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         final = root / content_hash(temporary)
@@ -120,22 +121,26 @@ def content_hash(folder: files.PathLike) -> str:
 
 
 def _tensors(tree: Tree, spec: Spec, where: str) -> dict[str, np.ndarray]:
-    """Return all tensors of the file by key, each checked to be finite after the cast to its dtype."""
+    """Return all tensors of the file by key, in their dtypes."""
     flat = flatten_dict(tree, sep="/")
     keys.check_matches(flat, spec, where)
     tensors = dict(spec.carried)
-    with np.errstate(over="ignore"):  # what overflows is found by the check below
+    with np.errstate(over="ignore"):  # what overflows is found by the check for finite values
         for path, leaf in spec.leaves.items():
-            value = np.ascontiguousarray(np.asarray(flat[path]).astype(leaf.dtype, copy=False))
-            check_finite(value, f"{where}: {path}")
-            tensors[key_of(path)] = value
+            tensors[key_of(path)] = np.ascontiguousarray(np.asarray(flat[path]).astype(leaf.dtype, copy=False))
     return tensors
 
 
-def _write_files(folder: pathlib.Path, tensors: dict[str, np.ndarray], spec: Spec) -> None:
+def _write_files(folder: pathlib.Path, tensors: dict[str, np.ndarray], spec: Spec, where: str) -> None:
+    """Write config and tensors; raise InputError, after writing, if a value isn't finite."""
     sets = {k: sorted(v) for k, v in spec.config.items() if k in ("target_modules", "exclude_modules") and isinstance(v, list)}
-    safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(spec.config | sets, indent=2, sort_keys=True), encoding="utf-8")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # values are checked while the disk is at work
+        checks = [pool.submit(check_finite, value, f"{where}: {key}") for key, value in tensors.items()]
+        safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        files.sync(folder / TENSORS)
+    for check in checks:
+        check.result()
 
 
 def _check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:

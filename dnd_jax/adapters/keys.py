@@ -139,8 +139,8 @@ def _is_stack(module: str, config: Mapping[str, Any]) -> bool:
     name = module
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")
-    owners = (parameter.rpartition(".")[0] for parameter in config.get("target_parameters") or ())
-    return any(_ends_with(name, owner) for owner in owners)
+    parameters = config.get("target_parameters") or ()
+    return any(_ends_with(name, parameter.rpartition(".")[0]) for parameter in parameters)
 
 
 def _check_targets(modules: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -153,16 +153,14 @@ def _check_targets(modules: Iterable[str], config: Mapping[str, Any]) -> None:
     if targets is None or targets == "all-linear":
         return
     rest = [module for module in sorted(modules) if not _is_stack(module, config)]
-    hits = [module for module in rest if _is_target(module, targets)]
+    if isinstance(targets, str):
+        hits = [module for module in rest if matches(targets, module)]
+    else:
+        exact, endings = set(targets), tuple(f".{target}" for target in targets)
+        hits = [module for module in rest if module in exact or module.endswith(endings)]
     if len(hits) < len(rest) and (hits or not isinstance(targets, str)):
         extra = next(module for module in rest if module not in hits)
         raise InputError(f"{PREFIX}{extra}: not a target, target_modules is {str(targets)[:200]}")
-
-
-def _is_target(module: str, targets: str | list[str]) -> bool:
-    if isinstance(targets, str):
-        return matches(targets, module)
-    return any(_ends_with(module, target) for target in targets)
 
 
 def _check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:

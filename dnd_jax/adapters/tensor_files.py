@@ -3,12 +3,13 @@
 Nothing is memory-mapped, because truncating a mapped file kills the process that maps it.
 """
 
+import concurrent.futures
 import io
 import json
 import os
 import pathlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +21,7 @@ from dnd_jax.types import InputError
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 50_000
 MAX_NAME = 500
+BLOCK_BYTES = 8 * 2**20
 DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E4M3": ml_dtypes.float8_e4m3fn,
           "I16": np.int16, "U16": np.uint16, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32,
           "F32": np.float32, "F64": np.float64, "I64": np.int64, "U64": np.uint64}
@@ -62,15 +64,40 @@ class TensorFile:
         """
         buffer = np.empty(max((end for *_, end in self._entries.values()), default=0), np.uint8)
         self._file.seek(self._start)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # values are checked while the next ones are read
+            checks = [pool.submit(self._check, self._read(buffer, block), block) for block in self._blocks()]
+        for check in checks:
+            check.result()
         tensors = {}
-        for key, (dtype, shape, begin, end) in sorted(self._entries.items(), key=lambda item: item[1][2]):
+        for key, (dtype, shape, begin, end) in self._entries.items():
             part = buffer[begin:end]
-            if (found := self._file.readinto(part.data)) != end - begin:  # tensor by tensor, to be checked while in cache
-                raise InputError(f"{self.path}: {key}: {found} bytes read, the header says {end - begin}")
-            check_finite(part, f"{self.path}: {key}", DTYPES[dtype])
             aligned = begin % ITEMSIZE[dtype] == 0
             tensors[key] = (part if aligned else part.copy()).view(DTYPES[dtype]).reshape(shape)
         return tensors
+
+    def _blocks(self) -> Iterator[list[str]]:
+        """Yield keys in order of the file, in blocks of about BLOCK_BYTES."""
+        block: list[str] = []
+        size = 0
+        for key, (_, _, begin, end) in sorted(self._entries.items(), key=lambda item: item[1][2]):
+            block.append(key)
+            size += end - begin
+            if size >= BLOCK_BYTES:
+                yield block
+                block, size = [], 0
+        if block:
+            yield block
+
+    def _read(self, buffer: np.ndarray, block: Sequence[str]) -> np.ndarray:
+        begin, end = self._entries[block[0]][2], self._entries[block[-1]][3]
+        if (found := self._file.readinto(buffer[begin:end].data)) != end - begin:
+            raise InputError(f"{self.path}: {block[0]}: {found} bytes read, the header says {end - begin}")
+        return buffer
+
+    def _check(self, buffer: np.ndarray, block: Sequence[str]) -> None:
+        for key in block:
+            dtype, _, begin, end = self._entries[key]
+            check_finite(buffer[begin:end], f"{self.path}: {key}", DTYPES[dtype])
 
 
 def open_regular(path: pathlib.Path) -> io.FileIO:
