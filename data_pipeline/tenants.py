@@ -31,7 +31,7 @@ class Settings:
     hidden: int = 128
     layers: int = 3
     heads: int = 4
-    steps: int = 4000
+    steps: int = 2000
     batch: int = 96
     length: int = 24
     learning_rate: float = 2.5e-3
