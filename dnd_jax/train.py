@@ -240,13 +240,15 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
     """
     path = workdir / "config.json"
     new = json.loads(cli.config_json(config))
-    if path.exists():
-        found = {field: values for field, values in differences(files.read_json(path), new).items() if field not in FREE}
+    old = files.read_json(path) if path.exists() else None
+    if old is not None:
+        found = {field: values for field, values in differences(old, new).items() if field not in FREE}
         if found:
             raise InputError("; ".join(f"{path}: {field} is {old!r}, the config given says {given!r}"
                                        for field, (old, given) in sorted(found.items())))
     files.lock(workdir)
-    files.write_text(path, cli.config_json(config) + "\n")
+    if old != new:
+        files.write_text(path, cli.config_json(config) + "\n")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -170,7 +170,7 @@ def test_second_collect_and_train_do_nothing(root, smoke):
     assert "all 11 runs are there" in run_module("data_pipeline.collect", CONFIG, cwd=smoke).stdout
     run_module("dnd_jax.train", CONFIG, f"--workdir={root.relative_to(smoke)}/run", cwd=smoke)
     changed = {p.relative_to(root) for p in root.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
-    assert {str(p) for p in changed} <= {"run/metrics.jsonl"}
+    assert {str(p) for p in changed} <= {"run/metrics.jsonl", "run/.lock"}
 
 
 def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):

@@ -11,7 +11,7 @@ import regex
 from dnd_jax.types import InputError
 
 PREFIX = "base_model.model."
-REGEX_SECONDS = 0.1  # a stranger's pattern may take exponential time
+REGEX_SECONDS = 0.4  # a stranger's pattern may take exponential time
 
 
 @dataclasses.dataclass(frozen=True)
