@@ -167,9 +167,9 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     if t.calibrate and decoder.length:
         raise InputError(f"config.train.calibrate is set, but conditions of {decoder.length} positions are shortened first")
     state = make_state(config, decoder, mesh, tasks if t.calibrate else ())
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder))
     state = checkpointer.restore(state) or state
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     train_step = jax.jit(make_train_step(config, decoder, mask, store.importance), donate_argnums=0,
                          out_shardings=(places, None))
     first = int(state.step)
