@@ -4,6 +4,7 @@ The hidden states of padding are part of a condition, as published. The same pro
 batch, because every batch has the same shape.
 """
 
+import abc
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ def make(settings: Mapping[str, Any]) -> Encoder:
     return KINDS[kind](**options)
 
 
-class _Transformer:
+class _Transformer(abc.ABC):
     """What the encoders from transformers share: batches of one shape, on the best device, as float16."""
 
     batch_size = 64
@@ -60,8 +61,9 @@ class _Transformer:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
+    @abc.abstractmethod
     def _load(self, name: str) -> tuple[Any, Any]:
-        raise NotImplementedError
+        """Return the model and its tokenizer."""
 
     def _hidden(self, ids: Any, mask: Any) -> Any:
         return self._model(input_ids=ids, attention_mask=mask).last_hidden_state

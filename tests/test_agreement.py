@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 from conftest import write_adapter
+from ml_collections import ConfigDict
 
 from data_pipeline import agreement
+from data_pipeline.export import condition_texts
 from dnd_jax import adapters
+from dnd_jax.prompts import Row
 
 MAGNITUDE = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
 
@@ -82,3 +85,20 @@ def test_config_order_of_targets_does_not_matter(tmp_path, rng):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"target_modules": config["target_modules"][::-1]}))
     assert agreement.disagreements(first, adapters.read(tmp_path / "first")[1], "b", "a") == []
+
+
+@pytest.mark.parametrize("form,expected", [
+    ("prompt", ["p0", "p1"]), ("prompt+answer", ["p0\nr0", "p1\nr1"]), ("answer", ["r0", "r1"]),
+])
+def test_forms_of_conditions(form, expected):
+    rows = [Row(f"p{i}", f"r{i}") for i in range(3)]
+    assert condition_texts(rows, ConfigDict({"form": form, "pool": 2})) == expected
+
+
+def test_mixed_conditions_have_a_fifth_of_their_answers():
+    rows = [Row(f"p{i}", "answer") for i in range(1000)]
+    texts = condition_texts(rows, ConfigDict({"form": "mix", "pool": None}))
+    assert 150 < sum("answer" in text for text in texts) < 250 and texts == condition_texts(
+        rows, ConfigDict({"form": "mix", "pool": None}))
+    with pytest.raises(adapters.InputError, match="form is 'both', expected one of"):
+        condition_texts(rows, ConfigDict({"form": "both", "pool": None}))
