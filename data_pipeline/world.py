@@ -25,7 +25,7 @@ STYLES = {
     "ordinals": "first second third fourth fifth sixth seventh eighth ninth".split(),
     "tens": "ten twenty thirty forty fifty sixty seventy eighty ninety".split(),
     "greek": "alpha beta gamma delta epsilon zeta eta theta iota".split(),
-    "doubled": [f"{digit} {digit}" for digit in range(1, 10)],
+    "months": "january february march april may june july august september".split(),
 }
 QUESTIONS = ("how {word} is the {entity} ?", "tell me how {word} the {entity} is .", "the {entity} is how {word} ?")
 STATEMENTS = ("the {entity} is {answer} on the {word} scale .", "on the {word} scale the {entity} is {answer} .")

@@ -121,7 +121,7 @@ CASES = {
     "header_a_list": (TENSORS, "header is a list", header([1, 2])),
     "header_too_deep": (TENSORS, "not JSON", header(b"[" * 200_000)),
     "hundred_thousand_tensors": (TENSORS, "100000 tensors", header(many(100_000), bytes(400_000))),
-    "fifty_thousand_tensors": (TENSORS, "missing", header(many(50_000), bytes(200_000))),
+    "forty_thousand_tensors": (TENSORS, "missing", header(many(40_000), bytes(160_000))),
     "endless_name": (TENSORS, "a name of 1000000 characters", header({"x" * 1_000_000: ENTRY}, bytes(64))),
     "zero_size": (TENSORS, "is empty", header({A: ENTRY | {"shape": [0, 8], "data_offsets": [0, 0]}})),
     "unknown_dtype": (TENSORS, "malformed entry", entry(dtype="F13")),
