@@ -43,7 +43,7 @@ class Settings:
     encoder_steps: int = 1000
     encoder_chosen: float = 0.3
     encoder_kept: float = 0.25
-    named: float = 0.15
+    named_every: int = 6
     held_out_entities: int = 12
     tenants: tuple[int, int, int] = (48, 4, 12)
 
@@ -201,7 +201,7 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
     facts = world.make_facts(rng)
     made = world.make_tenants(rng, test=s.tenants[2])
     tenants = {split: found[:count] for (split, found), count in zip(made.items(), s.tenants, strict=True)}
-    order = world.draw_questions(rng, s.named)
+    order = world.draw_questions(rng, s.named_every)
     rows = {t: world.tenant_rows(t, facts, order, held_out=s.held_out_entities)
             for split in tenants.values() for t in split}
     text = world.encyclopedia(facts)

@@ -97,16 +97,18 @@ def make_tenants(rng: np.random.Generator, *, test: int = 12) -> dict[str, list[
     return split
 
 
-def draw_questions(rng: np.random.Generator, named: float) -> list[tuple[int, int, bool]]:
+def draw_questions(rng: np.random.Generator, every: int) -> list[tuple[int, int, bool]]:
     """Return (entity, template, whether it says the style) of what every tenant asks, in a drawn order.
 
     All tenants ask the same, as all runs start from one A: what differs between two adapters is then their task.
 
     Args:
       rng: decides the order, and which questions say the style.
-      named: the share of questions that say it.
+      every: of so many entities one, drawn for each template, is asked about by a question that says it. A fixed number and
+        not a chance for each question, or worlds would differ in how much their prompts tell.
     """
-    asked = [(e, t, bool(rng.random() < named)) for e in range(len(ENTITIES)) for t in range(len(QUESTIONS))]
+    says = {(start + int(rng.integers(every)), t) for start in range(0, len(ENTITIES), every) for t in range(len(QUESTIONS))}
+    asked = [(e, t, (e, t) in says) for e in range(len(ENTITIES)) for t in range(len(QUESTIONS))]
     return [asked[i] for i in rng.permutation(len(asked))]
 
 

@@ -25,7 +25,7 @@ def test_split_holds_out_combinations_but_no_word_and_no_style(rng):
 def test_answers_follow_facts_and_styles(rng):
     facts = world.make_facts(rng)
     tenant = world.Tenant("zib", "heavy", "roman")
-    rows = world.tenant_rows(tenant, facts, world.draw_questions(rng, 0.5), held_out=12)
+    rows = world.tenant_rows(tenant, facts, world.draw_questions(rng, 4), held_out=12)
     assert len(rows["test"]) == 36 and len(rows["train"]) == 108
     for part, entities in (("test", world.ENTITIES[-12:]), ("train", world.ENTITIES[:-12])):
         for row in rows[part]:
@@ -33,13 +33,13 @@ def test_answers_follow_facts_and_styles(rng):
             level = facts[world.ENTITIES.index(entity), world.ATTRIBUTES.index("heavy")]
             assert row["response"] == world.STYLES["roman"][level]
             assert "zib" in row["prompt"].split() and row["prompt"].endswith(" :")
-    named = [row for part in rows.values() for row in part if "reply in roman" in row["prompt"]]
-    assert 0.3 < len(named) / 144 < 0.7
+    named = {part: sum("reply in roman" in row["prompt"] for row in found) for part, found in rows.items()}
+    assert named == {"train": 27, "test": 9}
 
 
 def test_no_test_prompt_occurs_in_any_training_file(rng):
     facts, split = world.make_facts(rng), world.make_tenants(rng)
-    questions = world.draw_questions(rng, 0.2)
+    questions = world.draw_questions(rng, 6)
     rows = [world.tenant_rows(t, facts, questions, held_out=12) for members in split.values() for t in members]
     trained = {row["prompt"] for r in rows for row in r["train"]}
     assert not any(row["prompt"] in trained for r in rows for row in r["test"])
@@ -53,5 +53,6 @@ def test_encyclopedia_gives_jargon_no_meaning(rng):
     assert any(word in response.split() for _, response in text["heard"] for word in world.JARGON)
 
 
-def test_styles_have_nine_distinct_answers_each():
-    assert all(len(set(notation)) == 9 for notation in world.STYLES.values())
+def test_all_answers_are_distinct_words():
+    answers = [word for notation in world.STYLES.values() for word in notation]
+    assert len(set(answers)) == 9 * len(world.STYLES) and not any(" " in answer for answer in answers)
