@@ -22,6 +22,7 @@ from absl import flags
 from tqdm import tqdm
 
 from dnd_jax import cli, files, prompts
+from dnd_jax.sources import Source
 from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
@@ -30,11 +31,11 @@ MULTI_TASK = "multi_task"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One fine-tuning run: rows of `files` for `steps` steps, then `checkpoints` more, each saved."""
+    """One fine-tuning run: rows of `sources` for `steps` steps, then `checkpoints` more, each saved."""
 
     name: str
     split: str
-    files: tuple[pathlib.Path, ...]
+    sources: tuple[Source, ...]
     steps: int
     checkpoints: int
 
@@ -52,7 +53,7 @@ def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
     """Return what a run depends on: prompts, base model, LoRA config and training settings, with hashes."""
     return {
         "task": run.name, "split": run.split, "base": base_identity(config.base), "seed": config.seed,
-        "files": {str(file): files.sha256_file(file) for file in run.files},
+        "files": {str(source): source.sha256() for source in run.sources},
         "collect": json.loads(config.collect.to_json_best_effort()) | {"out": None},
         "steps": run.steps, "checkpoints": run.checkpoints, "initial_seed": initial_seed(config, run),
     }
@@ -169,7 +170,7 @@ def collect_one(config: ml_collections.ConfigDict, run: Run) -> str:
     for name, parameter in model.named_parameters():
         if name in initial:
             parameter.data.copy_(initial[name])
-    rows = [row for file in run.files for row in prompts.read_rows(file)[: c.max_rows]]
+    rows = [row for source in run.sources for row in prompts.read_rows(source)[: c.max_rows]]
     with files.atomic_folder(pathlib.Path(c.out) / run.name) as folder:
         losses = fine_tune(model, collate(tokenizer, rows, c.max_length), len(rows), config, run,
                            lambda step: model.save_pretrained(folder / f"step_{step}"))

@@ -1,99 +1,65 @@
-"""Dataset files in the forms that users have, as rows of prompt, response and system; and their audit.
+"""Look for what makes a result on data sets meaningless, before any model is asked.
 
     python -m data_pipeline.datasets audit data/*.json
+    python -m data_pipeline.datasets audit --config=experiments/configs/common_sense.py:ARC-c
 
-Files are JSON lists or JSON lines of rows, in columns of any names, or chats under `conversations`. The audit prints the facts
-of every file and a sentence for everything that would make a result meaningless, and exits with status 1 if there is any.
-Files whose name holds `train` are what is trained on, all others are tested on.
+Prints the facts of every data set and a sentence for every finding, and exits with status 1 if there is any. Data sets are in
+any form that `dnd_jax.sources` reads. With a config they are those of its tasks: what its training tasks are trained on against
+what all its tasks are tested on. Of files, those whose name holds `train` are trained on, all others tested on.
 """
 
-import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dnd_jax import cli, files
+from dnd_jax import cli, sources
 from dnd_jax.audit import audit
-from dnd_jax.prompts import Row
+from dnd_jax.sources import Row
+from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
-COLUMNS = {"prompt": "prompt", "response": "response", "system": "system"}
-SPEAKERS = {"human": "prompt", "user": "prompt", "gpt": "response", "assistant": "response", "system": "system"}
 
-
-def read_examples(path: files.PathLike, columns: Mapping[str, str] = COLUMNS) -> list[Row]:
-    """Read rows as they are; fields that a row lacks are empty.
-
-    Args:
-      path: a JSON list, or with the suffix `.jsonl` one object a line.
-      columns: names of the file's columns for prompt, response and system.
-
-    Raises:
-      InputError: a malformed file or row, or columns of which none occurs.
-    """
-    path = pathlib.Path(path)
-    raw = _read_lines(path) if path.suffix == ".jsonl" else files.read_json(path)
-    if not isinstance(raw, list) or not raw or not all(isinstance(row, dict) for row in raw):
-        raise InputError(f"{path}: expected a non-empty list of objects, found {str(raw)[:60]!r}")
-    rows = [_from_chat(row["conversations"], f"{path}: row {i}") if "conversations" in row else
-            Row(**{field: str(row.get(column) or "") for field, column in columns.items()}) for i, row in enumerate(raw)]
-    if not any(row.prompt for row in rows):
-        raise InputError(f"{path}: no row has a column {columns['prompt']!r}, the first has {sorted(raw[0])}")
-    return rows
-
-
-def _read_lines(path: pathlib.Path) -> list[Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise InputError(f"{path}: line {number}: not JSON: {error}") from error
-    return rows
-
-
-def _from_chat(turns: Any, where: str) -> Row:
-    """Return the first exchange of a chat as a row."""
-    fields = {"prompt": "", "response": "", "system": ""}
-    for turn in turns if isinstance(turns, list) else [turns]:
-        speaker = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
-        if speaker not in SPEAKERS:
-            raise InputError(f"{where}: a turn is {str(turn)[:60]!r}, expected one from {sorted(SPEAKERS)}")
-        field = SPEAKERS[speaker]
-        fields[field] = fields[field] or str(turn.get("value") or turn.get("content") or "")
-    return Row(**fields)
-
-
-def audit_files(paths: list[str]) -> tuple[str, list[str]]:
-    """Return the facts of dataset files as a table, and the audit's findings."""
-    sets = {path: read_examples(path) for path in paths}
-    trained = {path: rows for path, rows in sets.items() if "train" in pathlib.Path(path).name}
-    test = {path: rows for path, rows in sets.items() if path not in trained}
+def audit_sets(trained: Mapping[str, Sequence[Row]], test: Mapping[str, Sequence[Row]]) -> tuple[str, list[str]]:
+    """Return the facts of data sets as a table, and the audit's findings."""
     found = audit(test, trained, ngram=13)
     training_only = audit(trained, {})
     tasks = training_only["tasks"] | found["tasks"]
     findings = training_only["findings"] + [f for f in found["findings"] if f not in training_only["findings"]]
-    width = max(map(len, paths))
-    lines = [f"{'file'.ljust(width)}    rows  labels  majority  chance  distribution"]
-    for path in paths:
-        facts = tasks[path]
+    width = max(map(len, tasks))
+    lines = [f"{'data set'.ljust(width)}    rows  labels  majority  chance  distribution"]
+    for name, facts in tasks.items():
         choice = (f"{facts['majority']:8.1%}  {facts['chance']:6.1%}  "
                   + ", ".join(f"{label} {share:.0%}" for label, share in list(facts["distribution"].items())[:6])
                   if "majority" in facts else "       -       -")
-        lines.append(f"{path.ljust(width)}  {facts['rows']:6d}  {facts['labels']:6d}  {choice}")
+        lines.append(f"{name.ljust(width)}  {facts['rows']:6d}  {facts['labels']:6d}  {choice}")
     return "\n".join(lines), findings
 
 
+def sets_of_config(config: Any) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Return the rows that a config's training tasks are trained on, and those that its tasks are tested on."""
+    tasks = read_tasks(config.tasks)
+    return ({f"{task.name} train": sources.read(task.train) for task in tasks if task.split == "train"},
+            {f"{task.name} test": sources.read(task.test) for task in tasks if task.test})
+
+
+def sets_of_files(names: Sequence[str]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Return the rows of files with and without `train` in their name."""
+    found = {name: sources.read(name) for name in names}
+    trained = {name: rows for name, rows in found.items() if "train" in pathlib.Path(name).name}
+    return trained, {name: rows for name, rows in found.items() if name not in trained}
+
+
+def define_flags() -> None:
+    cli.define_config(required=False)
+
+
 def main(args: Any, *words: str) -> None:
-    if len(words) < 2 or words[0] != "audit":
-        raise InputError(f"command line: {' '.join(words) or 'nothing'!r} given, expected 'audit FILE...'")
-    table, findings = audit_files(list(words[1:]))
+    command, *names = words or ("nothing",)
+    if command != "audit" or bool(names) == bool(args.config):
+        given = " ".join(words) or "nothing"
+        raise InputError(f"command line: {given!r} given, expected 'audit FILE...' or 'audit --config=...'")
+    table, findings = audit_sets(*(sets_of_config(args.config) if args.config else sets_of_files(names)))
     print(table)
     for finding in findings:
         print(f"finding: {finding}")
@@ -102,4 +68,4 @@ def main(args: Any, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, lambda: None, words=True)
+    cli.run(main, define_flags, words=True)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dnd_jax.prompts import Row
+from dnd_jax.sources import Row, image_text
 
 FEW_LABELS = 20  # with more distinct responses a set isn't one of choice
 
@@ -18,19 +18,20 @@ def audit(test: Mapping[str, Sequence[Row]], trained: Mapping[str, Sequence[Row]
       trained: rows of each training set.
       ngram: also count test prompts that share so many consecutive words with a training prompt.
     """
-    seen = {row.prompt: name for name, rows in trained.items() for row in rows}
+    seen = {_question(row): name for name, rows in trained.items() for row in rows}
     grams = {gram for rows in trained.values() for row in rows for gram in _ngrams(row.prompt, ngram)}
     tasks: dict[str, Any] = {}
     findings: list[str] = []
     for name, rows in test.items():
         tasks[name] = facts = _facts(rows)
-        overlap = [row.prompt for row in rows if row.prompt in seen]
-        shared = sum(1 for row in rows if row.prompt not in seen and not grams.isdisjoint(_ngrams(row.prompt, ngram)))
+        overlap = [row for row in rows if _question(row) in seen]
+        shared = sum(1 for row in rows if _question(row) not in seen and not grams.isdisjoint(_ngrams(row.prompt, ngram)))
         facts |= {"prompts_trained_on": len(overlap)} | ({f"share_{ngram}_words": shared} if ngram else {})
         findings += [f"{name}: {sentence}" for sentence in _faults(rows, facts)]
         if overlap:
-            findings.append(f"{name}: {len(overlap)} of {len(rows)} prompts occur in training, first {overlap[0][:80]!r} in "
-                            f"{seen[overlap[0]]}")
+            first = overlap[0]
+            findings.append(f"{name}: {len(overlap)} of {len(rows)} prompts occur in training, first {first.prompt[:80]!r} in "
+                            f"{seen[_question(first)]}")
         if shared:
             findings.append(f"{name}: {shared} of {len(rows)} prompts share {ngram} consecutive words with a training prompt")
     return {"tasks": tasks, "findings": findings + _same_files({**trained, **test})}
@@ -54,7 +55,7 @@ def _faults(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
             found.append(f"{empty} of {len(rows)} rows have no {field}")
     if facts["labels"] == 1 and len(rows) > 1:
         found.append(f"every one of {len(rows)} responses is {next(iter(facts['distribution']))!r}")
-    repeated = len(rows) - len({(row.system, row.prompt, row.response) for row in rows})
+    repeated = len(rows) - len({(row.system, row.response, *_question(row)) for row in rows})
     if repeated:
         found.append(f"{repeated} of {len(rows)} rows repeat another")
     return found
@@ -64,11 +65,16 @@ def _same_files(sets: Mapping[str, Sequence[Row]]) -> list[str]:
     first: dict[Any, str] = {}
     found = []
     for name, rows in sets.items():
-        content = tuple(sorted((row.prompt, row.response) for row in rows))
+        content = tuple(sorted((row.response, *_question(row)) for row in rows))
         if content in first:
             found.append(f"{name}: the same rows as {first[content]}")
         first.setdefault(content, name)
     return found
+
+
+def _question(row: Row) -> tuple[str, ...]:
+    """Return what a row asks: the same text about another picture is another question."""
+    return row.prompt, *map(image_text, row.images)
 
 
 def _ngrams(text: str, n: int | None) -> set[tuple[str, ...]]:

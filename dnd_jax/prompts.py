@@ -1,37 +1,26 @@
 """Prompts and rows as users have them: text and JSON files in, token ids out."""
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
 
-from dnd_jax import files
+from dnd_jax import files, sources
+from dnd_jax.sources import Row, Source
 from dnd_jax.types import InputError
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One example of a dataset file; `system` may be empty."""
-
-    prompt: str
-    response: str
-    system: str = ""
-
-
-def read_rows(path: files.PathLike) -> list[Row]:
-    """Read a JSON list of `{"prompt", "response", "system"}`; `system` may be left out.
+def read_rows(source: files.PathLike | Source) -> list[Row]:
+    """Read the rows of a source, for instance a JSON list of `{"prompt", "response", "system"}`; `system` may be left out.
 
     Raises:
-      InputError: an empty or malformed file, or a row without prompt or response; the message names the row.
+      InputError: an empty or malformed source, or a row without prompt or response; the message names the row.
     """
-    rows = files.read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"{path}: expected a non-empty JSON list of rows, found {str(rows)[:40]!r}")
+    rows = sources.read(source)
     for i, row in enumerate(rows):
         for field in ("prompt", "response"):
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
-                raise InputError(f"{path}: row {i} has no text in {field!r}: {str(row)[:80]}")
-    return [Row(row["prompt"], row["response"], row.get("system") or "") for row in rows]
+            if not getattr(row, field).strip():
+                raise InputError(f"{source}: row {i} has no text in {field!r}: {str(row)[:80]}")
+    return rows
 
 
 def read_prompts(path: files.PathLike) -> list[str]:

@@ -2,13 +2,10 @@
 
 import json
 
-import pytest
 from conftest import run_module
 
-from data_pipeline.datasets import read_examples
 from dnd_jax.audit import audit
 from dnd_jax.prompts import Row
-from dnd_jax.types import InputError
 
 
 def test_sound_data_has_no_findings():
@@ -43,29 +40,10 @@ def test_free_text_has_no_majority():
     assert "majority" not in found["tasks"]["a"] and found["findings"] == []
 
 
-CHAT = [{"from": "system", "value": "s"}, {"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]
-
-
-@pytest.mark.parametrize("name,text,columns", [
-    ("a.json", json.dumps([{"prompt": "p", "response": "r", "system": "s"}]), {}),
-    ("a.jsonl", '{"prompt": "p", "response": "r", "system": "s"}\n\n', {}),
-    ("a.json", json.dumps([{"conversations": CHAT, "images": ["a.png"]}]), {}),
-    ("a.json", json.dumps([{"q": "p", "a": "r", "c": "s"}]), {"columns": {"prompt": "q", "response": "a", "system": "c"}}),
-])
-def test_forms_of_files(tmp_path, name, text, columns):
-    (tmp_path / name).write_text(text)
-    assert read_examples(tmp_path / name, **columns) == [Row("p", "r", "s")]
-
-
-@pytest.mark.parametrize("name,text,message", [
-    ("a.json", "[]", "non-empty list"), ("a.json", '[{"question": "p"}]', "no row has a column 'prompt', the first has"),
-    ("a.jsonl", '{"prompt": "p"}\n{', "line 2: not JSON"),
-    ("a.json", '[{"conversations": [{"from": "dog"}]}]', "row 0: a turn is"),
-])
-def test_broken_files_are_named(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_examples(tmp_path / name)
+def test_the_same_question_about_another_picture_is_another():
+    rows = [Row("what ?", "A", images=("a.png",)), Row("what ?", "B", images=("b.png",))]
+    assert audit({"a": rows}, {"t": [Row("what ?", "A", images=("c.png",))]})["findings"] == []
+    assert len(audit({"a": rows}, {"t": rows[:1]})["findings"]) == 1
 
 
 def test_command_prints_facts_and_fails_on_findings(tmp_path):

@@ -1,0 +1,205 @@
+"""Where a task's rows come from, in the forms that users have. Imports the `datasets` library lazily.
+
+A source is the name of a JSON list, of JSON lines (`.jsonl`) or of a folder that `datasets` saved to disk; or a mapping with the
+fields of an entry of LLaMA-Factory's `dataset_info.json`; or a reference to such an entry:
+
+    "support_train.json"
+    {"file_name": "support.jsonl", "columns": {"prompt": "question", "response": "answer"}}
+    {"hf_hub_url": "google/boolq", "split": "train", "columns": {"prompt": "question", "response": "answer"}}
+    {"registry": "data/dataset_info.json", "name": "support"}
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from dnd_jax import files
+from dnd_jax.types import InputError
+
+# what is looked for in files whose columns no source names; the first whose first column occurs
+DEFAULT_COLUMNS: tuple[dict[str, str], ...] = (
+    {"messages": "conversations", "system": "system", "images": "images"},
+    {"messages": "messages", "system": "system", "images": "images"},
+    {"prompt": "prompt", "response": "response", "system": "system", "images": "images"},
+    {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "images": "images"},
+)
+COLUMNS = ("prompt", "query", "response", "system", "images", "messages")
+SPEAKERS = {"human": "prompt", "user": "prompt", "gpt": "response", "assistant": "response", "system": "system"}
+TAGS = {"user_tag": "prompt", "assistant_tag": "response", "system_tag": "system"}
+ENTRY = ("file_name", "hf_hub_url", "subset", "split", "num_samples", "formatting", "columns", "tags")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One example; `system` may be empty. `images` is a tuple of paths, or of what the `datasets` library decoded."""
+
+    prompt: str
+    response: str
+    system: str = ""
+    images: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where rows are.
+
+    Attributes:
+      place: file, folder, or with `hub` a name on the Hugging Face hub or a folder of data files.
+      hub: read by `datasets.load_dataset`, which without network finds what it has read before.
+      subset: of a hub data set.
+      split: of a hub data set or a saved one, by default `train`.
+      num_samples: rows that are taken, from the first; None for all.
+      columns: of COLUMNS, under which names the rows have them; None to find out.
+      tags: `role_tag`, `content_tag` and the names of speakers in chats, where they are not the usual ones.
+    """
+
+    place: str
+    hub: bool = False
+    subset: str | None = None
+    split: str | None = None
+    num_samples: int | None = None
+    columns: Mapping[str, str] | None = None
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.place, self.subset, self.split) if part)
+
+    def sha256(self) -> str:
+        """Return a hash of a file's bytes, or of the rows where they don't follow from these alone."""
+        if self == Source(self.place) and pathlib.Path(self.place).is_file():
+            return files.sha256_file(self.place)
+        texts = [[row.prompt, row.response, row.system, *map(image_text, row.images)] for row in read(self)]
+        return files.sha256_text(json.dumps(texts))
+
+
+def parse(value: Any, folder: pathlib.Path, where: str) -> Source:
+    """Return the source that a task or a registry names; files are relative to `folder`.
+
+    Raises:
+      InputError: unknown fields or columns, or a file that isn't there; the message begins with `where`.
+    """
+    if isinstance(value, str):
+        value = {"file_name": value}
+    value = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: a source is {str(value)[:60]!r}, expected a file's name or a mapping")
+    if "registry" in value:
+        path = folder / value["registry"]
+        known = files.read_json(path)
+        if value.get("name") not in known:
+            raise InputError(f"{where}: {path} has no data set {value.get('name')!r}, only {sorted(known)}")
+        return parse(known[value["name"]], path.parent, f"{path}: {value['name']}")
+    columns, tags = value.get("columns"), value.get("tags") or {}
+    if unknown := [*(set(value) - set(ENTRY)), *(set(columns or ()) - set(COLUMNS))]:
+        raise InputError(f"{where}: {sorted(unknown)} are unknown, expected some of {ENTRY}, with columns of {COLUMNS}")
+    if value.get("formatting") == "sharegpt" and "messages" not in (columns or {}):
+        columns = {"messages": "conversations"} | (columns or {})
+    options = {key: value[key] for key in ("subset", "split", "num_samples") if value.get(key) is not None}
+    if name := value.get("hf_hub_url"):
+        return Source(name, True, columns=columns, tags=tags, **options)
+    path = folder / str(value.get("file_name"))
+    if not path.exists():
+        raise InputError(f"{where}: {path} is not there")
+    return Source(str(path), columns=columns, tags=tags, **options)
+
+
+def read(source: files.PathLike | Source) -> list[Row]:
+    """Return a source's rows as they are; fields that a row lacks are empty.
+
+    Raises:
+      InputError: a missing or malformed file or row, or columns of which none occurs.
+    """
+    source = source if isinstance(source, Source) else Source(str(source))
+    path = pathlib.Path(source.place)
+    if source.hub or path.is_dir():
+        raw = _read_by_datasets(source)
+    else:
+        raw = _read_lines(path) if path.suffix == ".jsonl" else files.read_json(path)
+    if not isinstance(raw, list) or not raw or not all(isinstance(row, dict) for row in raw):
+        raise InputError(f"{source}: expected a non-empty list of objects, found {str(raw)[:60]!r}")
+    names = set().union(*raw)
+    columns = source.columns or next((c for c in DEFAULT_COLUMNS if next(iter(c.values())) in names), DEFAULT_COLUMNS[2])
+    prompt = columns.get("messages") or columns.get("prompt")
+    if prompt not in names:
+        raise InputError(f"{source}: no row has a column {prompt!r} for the prompt, there are {sorted(names)}")
+    return [_to_row(row, columns, source, i) for i, row in enumerate(raw[: source.num_samples])]
+
+
+def _to_row(raw: Mapping[str, Any], columns: Mapping[str, str], source: Source, number: int) -> Row:
+    found = {field: _text(raw.get(columns[field])) for field in COLUMNS[:4] if field in columns}
+    if "messages" in columns:
+        found |= {k: v for k, v in _first_exchange(raw.get(columns["messages"]), source, number).items() if v}
+    prompt = "\n".join(part for part in (found.get("prompt"), found.get("query")) if part)
+    images = raw.get(columns.get("images", "")) or []
+    folder = pathlib.Path(source.place).parent
+    return Row(prompt, found.get("response", ""), found.get("system", ""), tuple(
+        str(folder / image) if isinstance(image, str) and not source.hub else image
+        for image in (images if isinstance(images, list) else [images])))
+
+
+def _text(value: Any) -> str:
+    """Return a field as text; of a list of parts, as chats with images have it, what is text."""
+    if isinstance(value, list):
+        return "".join(_text(part.get("text")) if isinstance(part, dict) else _text(part) for part in value)
+    return "" if value is None else str(value)
+
+
+def _first_exchange(turns: Any, source: Source, number: int) -> dict[str, str]:
+    """Return prompt, response and system of the first exchange of a chat."""
+    speakers = SPEAKERS | {source.tags[tag]: field for tag, field in TAGS.items() if tag in source.tags}
+    fields = {"prompt": "", "response": "", "system": ""}
+    for turn in turns if isinstance(turns, list) else [turns]:
+        turn = turn if isinstance(turn, dict) else {"": turn}
+        speaker = turn.get(source.tags.get("role_tag", "from")) or turn.get("role")
+        if speaker not in speakers:
+            raise InputError(f"{source}: row {number}: a turn is {str(turn)[:60]!r}, expected one from {sorted(speakers)}")
+        content = turn.get(source.tags.get("content_tag", "value"))
+        field = speakers[speaker]
+        fields[field] = fields[field] or _text(turn.get("content") if content is None else content)
+    return fields
+
+
+def _read_lines(path: pathlib.Path) -> list[Any]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise InputError(f"{path}: line {number}: not JSON: {error}") from error
+    return rows
+
+
+def _read_by_datasets(source: Source) -> list[Any]:
+    """Return rows by the `datasets` library, labels by their names."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        found = (datasets.load_dataset(source.place, source.subset, split=source.split or "train") if source.hub
+                 else datasets.load_from_disk(source.place))
+    except Exception as error:  # the library raises errors of many kinds, also of its parsers
+        raise InputError(f"{source}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    if isinstance(found, datasets.DatasetDict):
+        split = source.split or "train"
+        if split not in found:
+            raise InputError(f"{source}: has no split {split!r}, only {sorted(found)}")
+        found = found[split]
+    rows = list(found)
+    for name, feature in found.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            rows = [row | {name: feature.int2str(row[name])} if row[name] is not None else row for row in rows]
+    return rows
+
+
+def image_text(image: Any) -> str:
+    """Return a path as it is, and a hash of an image's values."""
+    return image if isinstance(image, str) else files.sha256_text(repr(getattr(image, "tobytes", lambda: image)()))

@@ -1,0 +1,159 @@
+"""Rows from every form that users have them in, and what is said of broken ones."""
+
+import dataclasses
+import json
+
+import datasets
+import ml_collections
+import pytest
+from conftest import run_module
+
+from dnd_jax import sources
+from dnd_jax.prompts import read_rows
+from dnd_jax.sources import Row
+from dnd_jax.tasks import read_tasks
+from dnd_jax.types import InputError
+
+CHAT = [{"from": "system", "value": "s"}, {"from": "human", "value": "p"}, {"from": "gpt", "value": "r"},
+        {"from": "human", "value": "more"}, {"from": "gpt", "value": "?"}]
+MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "p"}]},
+            {"role": "assistant", "content": "r"}]
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    """Work in a folder of its own, with the library's cache in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(folder, name, value):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+@pytest.mark.parametrize("name,value", [
+    ("a.json", [{"prompt": "p", "response": "r", "system": "s"}]),
+    ("a.jsonl", '{"prompt": "p", "response": "r", "system": "s"}\n\n'),
+    ("a.json", [{"instruction": "p", "output": "r", "system": "s"}]),
+    ("a.json", [{"conversations": CHAT}]),
+    ("a.jsonl", json.dumps({"messages": MESSAGES})),
+])
+def test_files_whose_columns_are_found_out(tmp_path, name, value):
+    write(tmp_path, name, value)
+    assert sources.read(name) == [Row("p", "r", "s")]
+
+
+@pytest.mark.parametrize("entry,row", [
+    ({"columns": {"prompt": "q", "query": "more", "response": "a", "system": "c"}},
+     {"q": "p", "more": "second", "a": 0, "c": "s"}),
+    ({"formatting": "sharegpt", "columns": {"messages": "talk", "system": "c"},
+      "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "guest", "assistant_tag": "host"}},
+     {"talk": [{"who": "guest", "says": "p\nsecond"}, {"who": "host", "says": 0}], "c": "s"}),
+])
+def test_registry_and_entry_in_a_config_are_read_alike(tmp_path, entry, row):
+    write(tmp_path, "data/rows.json", [row, row])
+    write(tmp_path, "data/dataset_info.json", {"mine": entry | {"file_name": "rows.json", "num_samples": 1}})
+    config = ml_collections.ConfigDict()
+    config.tasks = {"t": {"split": "test", "train": {"registry": "data/dataset_info.json", "name": "mine"},
+                          "test": entry | {"file_name": "data/rows.json"}}}
+    for tasks in (config.tasks, ml_collections.FrozenConfigDict(config).tasks):
+        (task,) = read_tasks(tasks)
+        assert read_rows(task.train) == [Row("p\nsecond", "0", "s")] and read_rows(task.test) == [Row("p\nsecond", "0", "s")] * 2
+
+
+def test_images_of_chats_are_carried_along(tmp_path):
+    talk = [{"from": "human", "value": "<image>what ?"}, {"from": "gpt", "value": "r"}]
+    write(tmp_path, "data/rows.json", [{"conversations": talk, "images": ["a.png", "b.png"]}, {"conversations": talk}])
+    plain = Row("<image>what ?", "r")
+    assert sources.read("data/rows.json") == [dataclasses.replace(plain, images=("data/a.png", "data/b.png")), plain]
+
+
+def save(folder, name):
+    rows = {"question": ["p", "q"], "answer": [1, 0]}
+    features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["no", "yes"])})
+    train = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": train, "small": train.select([1])}).save_to_disk(folder / name)
+    train.save_to_disk(folder / f"{name}-single")
+
+
+COLUMNS = {"columns": {"prompt": "question", "response": "answer"}}
+
+
+def test_saved_folders_and_their_splits(tmp_path):
+    save(tmp_path, "arrow")
+    for entry, expected in ((COLUMNS | {"file_name": "arrow"}, [Row("p", "yes"), Row("q", "no")]),
+                            (COLUMNS | {"file_name": "arrow", "split": "small"}, [Row("q", "no")]),
+                            (COLUMNS | {"file_name": "arrow-single"}, [Row("p", "yes"), Row("q", "no")])):
+        assert read_rows(sources.parse(entry, tmp_path, "task")) == expected
+    with pytest.raises(InputError, match=r"arrow/test: has no split 'test', only \['small', 'train'\]"):
+        sources.read(sources.parse(COLUMNS | {"file_name": "arrow", "split": "test"}, tmp_path, "task"))
+
+
+def test_names_of_the_hub_are_read_without_network_or_refused(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path, f"some/set/{name}/train.jsonl", json.dumps({"question": "p", "answer": name}))
+    write(tmp_path, "some/set/README.md", "---\nconfigs:\n- config_name: one\n  data_files: one/*.jsonl\n"
+                                          "- config_name: two\n  data_files: two/*.jsonl\n---\n")
+    source = sources.parse(COLUMNS | {"hf_hub_url": "some/set", "subset": "two"}, tmp_path, "task")
+    assert str(source) == "some/set/two" and read_rows(source) == [Row("p", "two")]
+    assert source.sha256() == source.sha256() != sources.parse(
+        COLUMNS | {"hf_hub_url": "some/set", "subset": "one"}, tmp_path, "task").sha256()
+    with pytest.raises(InputError, match="nobody/nothing: "):
+        sources.read(sources.Source("nobody/nothing", hub=True))
+
+
+def test_hash_is_of_the_file_or_of_what_is_taken_from_it(tmp_path):
+    write(tmp_path, "a.json", [{"prompt": "p", "response": "r", "other": "o"}])
+    plain, *others = (sources.parse(value, tmp_path, "task") for value in (
+        "a.json", {"file_name": "a.json", "columns": {"prompt": "p", "response": "r"}},
+        {"file_name": "a.json", "columns": {"prompt": "prompt", "response": "other"}}))
+    assert plain.sha256() == sources.files.sha256_file("a.json") and str(plain) == str(tmp_path / "a.json")
+    with pytest.raises(InputError, match="no row has a column 'p' for the prompt"):
+        others[0].sha256()
+    assert others[1].sha256() != plain.sha256()
+
+
+@pytest.mark.parametrize("name,value,message", [
+    ("a.json", [], "non-empty list"), ("a.json", {"a": 1}, "non-empty list"),
+    ("a.json", [{"question": "p"}], r"no row has a column 'prompt' for the prompt, there are \['question'\]"),
+    ("a.jsonl", '{"prompt": "p"}\n{', "line 2: not JSON"),
+    ("a.json", [{"conversations": [{"from": "dog"}]}], "row 0: a turn is"),
+    ("a.json", [{"conversations": ["woof"]}], "row 0: a turn is"),
+    ("folder/a.json", [], "folder: "), ("b.json", [], "a.json: No such file"),
+])
+def test_broken_files_are_named(tmp_path, name, value, message):
+    write(tmp_path, name, value)
+    with pytest.raises(InputError, match=message):
+        sources.read("folder" if "/" in name else "a.json" if message.startswith("a.json") else name)
+
+
+@pytest.mark.parametrize("value,message", [
+    ("nowhere.json", r"nowhere\.json is not there"), ({"file_name": "a.json", "colums": {}}, r"\['colums'\] are unknown"),
+    ({"file_name": "a.json", "columns": {"history": "h"}}, r"\['history'\] are unknown"), (3, "a source is '3'"),
+    ({"registry": "info.json", "name": "b"}, r"info\.json has no data set 'b', only \['a'\]"),
+    ({"registry": "info.json", "name": "a"}, r"info\.json: a: .*x\.json is not there"),
+])
+def test_sources_that_name_nothing_are_refused(tmp_path, value, message):
+    write(tmp_path, "a.json", [])
+    write(tmp_path, "info.json", {"a": {"file_name": "x.json"}})
+    with pytest.raises(InputError, match=message):
+        sources.parse(value, tmp_path, "config.tasks: t")
+
+
+def test_audit_of_a_config_knows_what_is_tested(tmp_path):
+    rows = [{"q": f"question {i}", "a": "AB"[i % 2]} for i in range(10)]
+    write(tmp_path, "a.json", rows)
+    write(tmp_path, "b.json", [{"q": "question 3", "a": "B"}, {"q": "another", "a": "A"}])
+    write(tmp_path, "config.py", f"""
+import ml_collections
+def get_config():
+    columns = {{"columns": {{"prompt": "q", "response": "a"}}}}
+    a, b = ({{"file_name": name, **columns}} for name in ("a.json", "b.json"))
+    return ml_collections.ConfigDict({{"tasks": {{"one": {{"split": "train", "train": a}},
+                                                 "two": {{"split": "test", "train": b, "test": b}}}}}})
+# {len(rows)} rows
+""")
+    done = run_module("data_pipeline.datasets", "audit", "--config=config.py", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "one train" in done.stdout, done.stderr
+    assert "finding: two test: 1 of 2 prompts occur in training, first 'question 3' in one train" in done.stdout
