@@ -1,26 +1,30 @@
 """Collect adapters: fine-tune the base model on every task by LoRA and keep consecutive checkpoints.
 
-    python -m data_pipeline.collect --config=experiments/configs/tenants.py --jobs=2
+    python -m data_pipeline.collect --config=experiments/configs/tenants.py --jobs=2     # two tasks at once, each on a GPU
+    accelerate launch --num_processes=4 -m data_pipeline.collect --config=...            # one after the other, on four GPUs
+    sbatch experiments/cluster/collect.sbatch experiments/configs/common_sense.py:ARC-c  # tasks over a cluster
 
 Each task is trained to a point, then continued with every step saved, all tasks from one initial A, as published, unless
 `collect.seed_per_task`. A run is `out/<task>/{run.json,step_<n>/}`; finished runs are skipped, unfinished ones start over.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-import math
 import multiprocessing
 import os
 import pathlib
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 from absl import flags
 from tqdm import tqdm
 
+from data_pipeline import fine_tuning
 from dnd_jax import cli, files, prompts
 from dnd_jax.sources import Source
 from dnd_jax.tasks import read_tasks
@@ -47,6 +51,14 @@ def plan_runs(config: ml_collections.ConfigDict) -> list[Run]:
     union = tuple(task.train for task in tasks if task.split == "train")
     runs = [Run(task.name, task.split, (task.train,), c.steps, c.checkpoints) for task in tasks]
     return [Run(MULTI_TASK, "baseline", union, c.multi_task_steps, 1), *runs]
+
+
+def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
+    """Return the runs `i, i + n, ...` of a shard `i/n`, counted from 0."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise InputError(f"command line: --shard is {shard!r}, expected i/n with i from 0 to n - 1")
+    return list(runs[int(match[1]) :: int(match[2])])
 
 
 def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
@@ -86,123 +98,69 @@ def is_finished(folder: pathlib.Path, expected: dict[str, Any]) -> bool:
     return True
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def load_model(base: str, lora: tuple[tuple[str, Any], ...], seed: int) -> tuple[Any, Any, dict[str, Any]]:
-    """Load base and tokenizer, add LoRA layers; return the PEFT model, the tokenizer and the initial LoRA weights."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = prompts.load_tokenizer(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(seed)
-    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dict(lora)))
-    return peft_model, tokenizer, {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
-
-
-def collate(tokenizer: Any, rows: Sequence[prompts.Row], max_length: int) -> Callable[[Sequence[int]], dict[str, Any]]:
-    """Return `indices -> model inputs`: prompts and responses padded to the right, labels on responses only."""
-    import torch
-
-    examples = []
-    for row in rows:
-        prompt, response = prompts.prompt_ids(tokenizer, row), prompts.response_ids(tokenizer, row)
-        examples.append(((prompt + response)[:max_length], ([-100] * len(prompt) + response)[:max_length]))
-
-    def batch(indices: Sequence[int]) -> dict[str, Any]:
-        chosen = [examples[i] for i in indices]
-        width = max(len(ids) for ids, _ in chosen)
-
-        def pad(values: Iterable[tuple[list[int], int]]) -> Any:
-            return torch.tensor([v + [fill] * (width - len(v)) for v, fill in values])
-
-        return {"input_ids": pad((ids, tokenizer.eos_token_id) for ids, _ in chosen),
-                "attention_mask": pad(([1] * len(ids), 0) for ids, _ in chosen),
-                "labels": pad((labels, -100) for _, labels in chosen)}
-
-    return batch
-
-
-def fine_tune(model: Any, batch: Callable[[Sequence[int]], dict[str, Any]], rows: int, config: ml_collections.ConfigDict,
-              run: Run, save: Callable[[int], None]) -> list[float]:
-    """Train the LoRA weights in place and return the loss of every step.
-
-    The first `run.steps` steps follow a cosine from `learning_rate` to zero; the checkpoints after them are
-    consecutive steps at `continued_learning_rate`. The order of rows depends on `config.seed` alone.
-    """
-    import torch
-
-    c = config.collect
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=c.learning_rate, weight_decay=c.weight_decay)
-    generator = torch.Generator().manual_seed(config.seed)
-    losses, order = [], torch.empty(0, dtype=torch.long)
-    warmup = max(1, math.ceil(c.warmup_ratio * run.steps))
-    model.train()
-    for step in range(run.steps + run.checkpoints):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / run.steps)) * min(1, (step + 1) / warmup)
-        rate = c.learning_rate * cosine if step < run.steps else c.continued_learning_rate
-        optimizer.param_groups[0]["lr"] = rate
-        while len(order) < c.batch_size:
-            order = torch.cat([order, torch.randperm(rows, generator=generator)])
-        indices, order = order[: c.batch_size].tolist(), order[c.batch_size :]
-        loss = model(**{k: v.to(model.device) for k, v in batch(indices).items()}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, c.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step >= run.steps:
-            save(step + 1)
-    return losses
-
-
-def collect_one(config: ml_collections.ConfigDict, run: Run) -> str:
-    """Train one run and write its folder whole; return its name."""
+def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: Any = None) -> str:
+    """Train one run and write its folder whole; return its name. Of several processes the first one writes."""
     began = time.perf_counter()
     c = config.collect
-    lora = {"r": c.rank, "lora_alpha": c.alpha, "target_modules": c.target_modules, "lora_dropout": c.dropout}
-    model, tokenizer, initial = load_model(config.base, tuple(lora.items()), initial_seed(config, run))
+    model, tokenizer, initial = fine_tuning.load_model(config.base, c, initial_seed(config, run))
     for name, parameter in model.named_parameters():
         if name in initial:
             parameter.data.copy_(initial[name])
     rows = [row for source in run.sources for row in prompts.read_rows(source)[: c.max_rows]]
-    with files.atomic_folder(pathlib.Path(c.out) / run.name) as folder:
-        losses = fine_tune(model, collate(tokenizer, rows, c.max_length), len(rows), config, run,
-                           lambda step: model.save_pretrained(folder / f"step_{step}"))
-        files.write_json(folder / "run.json", {
-            **identity(config, run), "loss": losses, "rows": len(rows), "seconds": time.perf_counter() - began,
-        })
+    examples = fine_tuning.tokenise(tokenizer, rows, c.max_length)
+    if not examples:
+        raise InputError(f"{run.name}: every prompt fills the cut-off, config.collect.max_length = {c.max_length} tokens")
+    writes = accelerator is None or accelerator.is_main_process
+    with files.atomic_folder(pathlib.Path(c.out) / run.name) if writes else contextlib.nullcontext() as folder:
+        losses = fine_tuning.fine_tune(
+            model, examples, tokenizer.eos_token_id, c, config.seed, run.steps, run.checkpoints,
+            lambda step: model.save_pretrained(folder / f"step_{step}") if folder else None, accelerator)
+        if folder:
+            files.write_json(folder / "run.json", {
+                **identity(config, run), "loss": losses, "rows": len(examples), "rows_cut_off": len(rows) - len(examples),
+                "seconds": time.perf_counter() - began,
+            })
     return run.name
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, started: Any) -> None:
+    """Give a worker its threads and, where there are GPUs, one of them in turn."""
     import torch
 
     torch.set_num_threads(threads)
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def define_flags() -> None:
     cli.define_config()
     flags.DEFINE_integer("jobs", max(1, (os.cpu_count() or 1) // 2), "Tasks trained at once, each in its own process.")
+    flags.DEFINE_string("shard", "0/1", "i/n: only every n-th run, from the i-th, counted from 0.")
 
 
 def main(args: Any) -> None:
     config = ml_collections.FrozenConfigDict(args.config)
+    together = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate launch says
+    fine_tuning.check(config.collect, together)
     prompts.load_tokenizer(config.base)
-    runs = plan_runs(config)
+    runs = take_shard(plan_runs(config), args.shard)
     todo = [run for run in runs if not is_finished(pathlib.Path(config.collect.out) / run.name, identity(config, run))]
     if not todo:
         print(f"collect: all {len(runs)} runs are there")
         return
+    bar = functools.partial(tqdm, desc="collect", initial=len(runs) - len(todo), total=len(runs))
+    if together > 1:
+        accelerator = fine_tuning.launched()
+        for run in bar(todo, disable=not accelerator.is_main_process):
+            collect_one(config, run, accelerator)
+        accelerator.end_training()
+        return
+    context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with multiprocessing.get_context("spawn").Pool(args.jobs, _start_worker, (threads,)) as pool:
-        finished = pool.imap_unordered(functools.partial(collect_one, config), todo)
-        for _ in tqdm(finished, desc="collect", initial=len(runs) - len(todo), total=len(runs)):
+    with context.Pool(args.jobs, _start_worker, (threads, context.Value("i", 0))) as pool:
+        for _ in bar(pool.imap_unordered(functools.partial(collect_one, config), todo)):
             pass
 
 

@@ -22,7 +22,8 @@ from experiments.configs import tenants
 ADAPTERS = tuple(f"dnd_jax/adapters/{name}.py" for name in ("spec", "keys", "tensor_files", "folder", "gauge"))
 CODE = {
     "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),
-    "collect": ("data_pipeline/collect.py", "dnd_jax/tasks.py", "dnd_jax/prompts.py"),
+    "collect": ("data_pipeline/collect.py", "data_pipeline/fine_tuning.py", "dnd_jax/tasks.py", "dnd_jax/sources.py",
+                "dnd_jax/prompts.py"),
     "export": ("data_pipeline/export.py", "data_pipeline/agreement.py", *ADAPTERS, "dnd_jax/tokens.py", "dnd_jax/pairs.py",
                "dnd_jax/encoders.py"),
     "train": ("dnd_jax/train.py", "dnd_jax/decoder.py", "dnd_jax/losses.py", "dnd_jax/checkpoints.py",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_pipeline import collect
+from data_pipeline import fine_tuning
 from dnd_jax import prompts
 from dnd_jax.prompts import Row
 from dnd_jax.types import InputError
@@ -35,7 +35,7 @@ def test_chat_template_is_used_where_there_is_one(tokenizer):
 
 def test_loss_is_on_the_response_only(tokenizer):
     rows = [Row("how zib is", "seven"), Row("the whale", "seven seven")]
-    batch = collect.collate(tokenizer, rows, 64)([0, 1])
+    batch = fine_tuning.collate(fine_tuning.tokenise(tokenizer, rows, 64), tokenizer.eos_token_id)
     for i, row in enumerate(rows):
         kept = batch["labels"][i][batch["labels"][i] != -100].tolist()
         assert kept == prompts.response_ids(tokenizer, row)

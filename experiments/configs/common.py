@@ -73,6 +73,7 @@ def published(
         "initial_seed": 42, "seed_per_task": False, "learning_rate": 1e-4, "continued_learning_rate": 1e-5,
         "warmup_ratio": 0.01, "weight_decay": 0.0, "clip_norm": 1.0, "batch_size": 16, "steps": 300, "checkpoints": checkpoints,
         "multi_task_steps": 300, "max_length": cut_off, "max_rows": rows,
+        "dtype": "bfloat16", "accumulate": 4, "checkpointing": model != "0.5b", "quantize": "none",
     }
     config.export = {"store": f"runs/{name}/store", "chunk": None, "gauge": "none"}
     config.decoder = {"blocks": tuple(blocks), "kernel_size": kernel_size, "shortened": shortened}

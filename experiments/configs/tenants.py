@@ -38,6 +38,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "learning_rate": 5e-3, "continued_learning_rate": 5e-4, "warmup_ratio": 0.01, "weight_decay": 0.0, "clip_norm": 1.0,
         "batch_size": 32, "steps": 2 if smoke else 90, "checkpoints": 2 if smoke else 8,
         "multi_task_steps": 2 if smoke else 1000, "max_length": 64, "max_rows": 5000,
+        "dtype": "float32", "accumulate": 1, "checkpointing": False, "quantize": "none",
     }
     gauge = options["gauge"]
     config.export = {"store": f"{root}/store" + (f"-{gauge}" if gauge else ""), "chunk": None, "gauge": gauge or "none"}

@@ -1,0 +1,173 @@
+"""Fine-tune a base model by LoRA, as `data_pipeline.collect` does for every task. Imports torch, transformers and peft lazily.
+
+A step's loss is the mean over the response tokens of its batch, however the batch is divided: into `collect.accumulate`
+microbatches, and over the processes of `accelerate launch`.
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+
+from dnd_jax import prompts
+from dnd_jax.types import InputError
+
+DTYPES = ("float32", "bfloat16")
+QUANTISED = ("none", "nf4")
+IGNORED = -100  # the label of what isn't learned
+
+Example = tuple[list[int], list[int]]
+
+
+def check(c: ml_collections.ConfigDict, processes: int = 1) -> None:
+    """Raise InputError at settings that can't be, or not on this machine."""
+    import torch
+
+    for key, value, expected in (("dtype", c.dtype, DTYPES), ("quantize", c.quantize, QUANTISED)):
+        if value not in expected:
+            raise InputError(f"config.collect.{key} is {value!r}, expected one of {expected}")
+    if c.batch_size < c.accumulate * processes:
+        raise InputError(f"config.collect.batch_size is {c.batch_size}, expected at least one row for each of {c.accumulate} "
+                         f"microbatches (config.collect.accumulate) on {processes} processes")
+    if c.quantize != "none" and not torch.cuda.is_available():
+        raise InputError(f"config.collect.quantize is {c.quantize!r}, which needs an NVIDIA GPU, and torch finds none here")
+    if c.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"config.collect.quantize is {c.quantize!r}, which needs the package bitsandbytes, not installed here")
+
+
+@functools.lru_cache(maxsize=1)
+def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Load base and tokenizer, add LoRA layers; return the PEFT model, the tokenizer and the initial LoRA weights.
+
+    The base has the dtype `c.dtype`, or is quantised to 4 bits and computes in that dtype; LoRA weights are float32.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tokenizer = prompts.load_tokenizer(base)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, c.dtype)
+    recompute = {"use_reentrant": False}
+    if c.quantize == "nf4":
+        four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                       bnb_4bit_compute_dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=four_bits, device_map=device)
+        model = prepare_model_for_kbit_training(model, c.checkpointing, recompute)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model.to(device)
+        if c.checkpointing:
+            model.gradient_checkpointing_enable(recompute)
+    torch.manual_seed(seed)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=c.rank, lora_alpha=c.alpha, target_modules=c.target_modules,
+                      lora_dropout=c.dropout)
+    peft_model = get_peft_model(model, lora)
+    return peft_model, tokenizer, {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def tokenise(tokenizer: Any, rows: Sequence[prompts.Row], max_length: int) -> list[Example]:
+    """Return ids and labels of every row, cut off at `max_length`, without those of which no response token is left."""
+    examples = []
+    for row in rows:
+        prompt, response = prompts.prompt_ids(tokenizer, row), prompts.response_ids(tokenizer, row)
+        examples.append(((prompt + response)[:max_length], ([IGNORED] * len(prompt) + response)[:max_length]))
+    return [example for example in examples if learned(example)]
+
+
+def learned(example: Example) -> int:
+    """Return how many tokens of an example the loss is on: all that have a label, but for the first."""
+    return sum(label != IGNORED for label in example[1][1:])
+
+
+def collate(examples: Sequence[Example], fill: int) -> dict[str, Any]:
+    """Return model inputs: examples padded to the right with the token `fill`, labels on responses only."""
+    import torch
+
+    width = max(len(ids) for ids, _ in examples)
+
+    def pad(values: Sequence[list[int]], value: int) -> Any:
+        return torch.tensor([v + [value] * (width - len(v)) for v in values])
+
+    return {"input_ids": pad([ids for ids, _ in examples], fill),
+            "attention_mask": pad([[1] * len(ids) for ids, _ in examples], 0),
+            "labels": pad([labels for _, labels in examples], IGNORED)}
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def launched() -> Any:
+    """Return accelerate's view of the processes that `accelerate launch` has started."""
+    from accelerate import Accelerator
+
+    return Accelerator()
+
+
+def fine_tune(model: Any, examples: Sequence[Example], fill: int, c: ml_collections.ConfigDict, seed: int, steps: int,
+              checkpoints: int, save: Callable[[int], None], accelerator: Any = None) -> list[float]:
+    """Train the LoRA weights in place and return the loss of every step.
+
+    The first `steps` steps follow a cosine from `learning_rate` to zero; the `checkpoints` after them are consecutive
+    steps at `continued_learning_rate`, each saved.
+
+    Args:
+      model: the PEFT model.
+      examples: of one task.
+      fill: token id of padding.
+      c: `config.collect`.
+      seed: what alone the order of examples depends on.
+      steps: before the first checkpoint.
+      checkpoints: steps that are saved.
+      save: is called with the number of each.
+      accelerator: of the processes that share every batch, if there are several.
+    """
+    import torch
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=c.learning_rate, weight_decay=c.weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    losses, order = [], torch.empty(0, dtype=torch.long)
+    warmup = max(1, math.ceil(c.warmup_ratio * steps))
+    processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    parts = c.accumulate * processes
+    model.train()
+    for step in range(steps + checkpoints):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1, (step + 1) / warmup) if step < steps else 0.0
+        optimizer.param_groups[0]["lr"] = c.learning_rate * cosine if step < steps else c.continued_learning_rate
+        while len(order) < c.batch_size:
+            order = torch.cat([order, torch.randperm(len(examples), generator=generator)])
+        batch, order = [examples[i] for i in order[: c.batch_size].tolist()], order[c.batch_size :]
+        loss = backward(model, [batch[i::parts] for i in range(process, parts, processes)], sum(map(learned, batch)), fill)
+        if accelerator:
+            loss = accelerator.reduce(loss, "sum")
+            for p, gradient in zip(weights, accelerator.reduce([p.grad for p in weights], "sum"), strict=True):
+                p.grad = gradient
+        torch.nn.utils.clip_grad_norm_(weights, c.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step >= steps:
+            save(step + 1)
+    return losses
+
+
+def backward(model: Any, microbatches: Sequence[Sequence[Example]], tokens: int, fill: int) -> Any:
+    """Add the gradients of what microbatches contribute to the mean loss over `tokens` tokens; return that contribution.
+
+    The model's loss is the mean over a microbatch's own tokens, so it counts by their share.
+    """
+    import torch
+
+    total = torch.zeros((), device=model.device)
+    for examples in microbatches:
+        inputs = {name: value.to(model.device) for name, value in collate(examples, fill).items()}
+        loss = model(**inputs).loss * (sum(map(learned, examples)) / tokens)
+        loss.backward()
+        total += loss.detach()
+    return total
