@@ -5,16 +5,20 @@ ARG ?=
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow cuda clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo --arg="$(ARG)"
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cuda"
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+cuda: .venv/installed
+	$(BIN)/python -m pip install --quiet bitsandbytes==0.50.2
+	$(BIN)/python -m pytest -m cuda
 
 lint: .venv/installed
 	$(BIN)/ruff check .

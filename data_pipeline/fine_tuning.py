@@ -50,17 +50,16 @@ def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tupl
 
     tokenizer = prompts.load_tokenizer(base)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, c.dtype)
-    recompute = {"use_reentrant": False}
     if c.quantize == "nf4":
         four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                        bnb_4bit_compute_dtype=dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=four_bits, device_map=device)
-        model = prepare_model_for_kbit_training(model, c.checkpointing, recompute)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         model.to(device)
-        if c.checkpointing:
-            model.gradient_checkpointing_enable(recompute)
+    if c.checkpointing:
+        model.activation_checkpointing_enable()
     torch.manual_seed(seed)
     lora = LoraConfig(task_type="CAUSAL_LM", r=c.rank, lora_alpha=c.alpha, target_modules=c.target_modules,
                       lora_dropout=c.dropout)

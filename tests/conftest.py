@@ -112,13 +112,13 @@ def train_command(store, workdir, **train):
             "--config.decoder.blocks=((6, 4, 6),)", *(f"--config.train.{k}={v}" for k, v in settings.items())]
 
 
-def small_base(architecture: str):
-    """Return a randomly initialised transformers model of a few thousand parameters."""
+def small_base(architecture: str, **changes):
+    """Return a randomly initialised transformers model of a few thousand parameters; `changes` are of its sizes."""
     import transformers as t
 
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
-             "initializer_range": 0.1}
+             "initializer_range": 0.1} | changes
     experts = {"num_experts_per_tok": 2}
     if architecture == "qwen2_5_vl":
         vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16, "patch_size": 4,
