@@ -45,7 +45,7 @@ def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tupl
     The base has the dtype `c.dtype`, or is quantised to 4 bits and computes in that dtype; LoRA weights are float32.
     """
     import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     tokenizer = prompts.load_tokenizer(base)
@@ -58,13 +58,21 @@ def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tupl
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         model.to(device)
+    peft_model = add_lora(model, c, seed)
+    return peft_model, tokenizer, {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
+
+
+def add_lora(model: Any, c: ml_collections.ConfigDict, seed: int) -> Any:
+    """Return the model with trainable LoRA layers, their A drawn from `seed`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
     if c.checkpointing:
+        model.config.use_cache = False
         model.activation_checkpointing_enable()
     torch.manual_seed(seed)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=c.rank, lora_alpha=c.alpha, target_modules=c.target_modules,
-                      lora_dropout=c.dropout)
-    peft_model = get_peft_model(model, lora)
-    return peft_model, tokenizer, {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=c.rank, lora_alpha=c.alpha,
+                                            target_modules=c.target_modules, lora_dropout=c.dropout))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
