@@ -60,7 +60,7 @@ def make_gauge(name: str, reference: Tree, spec: Spec) -> Callable[[Tree], Tree]
 
 
 def condition_texts(rows: Sequence[prompts.Row], settings: ml_collections.ConfigDict) -> list[str]:
-    """Return what is encoded of a task's rows: the first `pool` of them, or all, in one of the paper's forms.
+    """Return what is encoded of the rows that a task trains on: the first `pool` of them, or all, in one of the paper's forms.
 
     `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts, by a fixed draw, has its answer.
     """
@@ -105,7 +105,7 @@ def export(config: ml_collections.ConfigDict) -> None:
             found += differences
             if encoded is None:
                 continue
-            texts = condition_texts(prompts.read_rows(task.train), config.condition)
+            texts = condition_texts(prompts.read_rows(task.train)[: config.collect.max_rows], config.condition)
             target = folder / "tasks" / task.name
             target.mkdir(parents=True)
             np.save(target / "tokens.npy", encoded)

@@ -52,7 +52,7 @@ class _Transformer(abc.ABC):
         """
         import torch
 
-        self.length, self.mask_padding, self.pooled = length, mask_padding, pooled
+        self.name, self.length, self.mask_padding, self.pooled = name, length, mask_padding, pooled
         try:
             model, self._tokenizer = self._load(name)
         except (OSError, ValueError) as error:
@@ -89,7 +89,10 @@ class _Transformer(abc.ABC):
             hidden = hidden * weights
         if self.pooled:
             hidden = (hidden * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
-        return hidden[: len(prompts)].to(torch.float16).cpu().numpy()
+        half = hidden[: len(prompts)].to(torch.float16)
+        if not torch.isfinite(half).all():
+            raise InputError(f"encoder {self.name}: a hidden state is {float(hidden.abs().max()):.3g}, float16 ends at 65504")
+        return half.cpu().numpy()
 
 
 class SentenceEncoder(_Transformer):
@@ -107,6 +110,7 @@ class SentenceEncoder(_Transformer):
         self._window = first.auto_model.config.max_position_embeddings
         if self.length > self._window and self.length % self._window:
             raise InputError(f"encoder {name}: length is {self.length}, expected at most {self._window} or a multiple of it")
+        self.batch_size = max(1, self.batch_size // -(-self.length // self._window))  # as many windows at once as prompts
         tokenizer: Any = model.tokenizer
         tokenizer.model_max_length = max(self.length, self._window)  # longer prompts are cut here, not there
         return first.auto_model, tokenizer

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dnd_jax import cli, tokens, train
-from dnd_jax.adapters.architecture import spec_of_model
+from dnd_jax import cli, tasks, tokens, train
+from dnd_jax.adapters.architecture import ALL_LINEAR, spec_of_model
 
 FILES = ("common_sense", "coding", "math", "multimodal", "ablations")
 VARIANTS = [(file, variant) for file in FILES for variant in importlib.import_module(f"experiments.configs.{file}").VARIANTS]
@@ -30,7 +30,8 @@ def shapes_of(decoder):
 
 
 @pytest.mark.parametrize("file,variant", VARIANTS)
-def test_decoder_fits_encoder_and_layout(file, variant):
+def test_decoder_fits_encoder_and_layout(file, variant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     config = get(file, variant)
     decoder, layout = decoder_for(config)
     params, condition = shapes_of(decoder)
@@ -38,7 +39,52 @@ def test_decoder_fits_encoder_and_layout(file, variant):
     out = jax.eval_shape(decoder.apply, params, condition)
     assert out.shape == (1, *layout.shape)
     splits = {entry["split"] for entry in config.tasks.values()}
-    assert splits == {"train", "test"} and json.loads(cli.config_json(config))["condition"]["prompts"] == config.condition.prompts
+    assert splits == {"train", "test"} and len(read_names(config)) == len(config.tasks)
+    assert json.loads(cli.config_json(config))["condition"]["prompts"] == config.condition.prompts
+
+
+def read_names(config):
+    """Return the tasks as the stations read them, from files that are there."""
+    for entry in config.tasks.values():
+        for part in ("train", "test"):
+            pathlib.Path(entry[part]).parent.mkdir(exist_ok=True)
+            pathlib.Path(entry[part]).touch()
+    return {task.name for task in tasks.read_tasks(config.tasks)}
+
+
+# N, L, what it is shortened to, k, batch, steps, checkpoints, rows: the paper's table
+PAPER = {
+    ("common_sense", "ARC-c"): (128, 384, None, 9, 64, 4000, 50, 5000),
+    ("common_sense", "OBQA"): (128, 384, None, 9, 64, 3000, 50, 5000),
+    ("common_sense", "BoolQ"): (128, 384, None, 9, 64, 3000, 50, 5000),
+    ("common_sense", "ARC-e"): (128, 384, None, 9, 64, 2000, 50, 5000),
+    ("common_sense", "HellaSwag"): (128, 384, None, 9, 64, 2000, 50, 5000),
+    ("common_sense", "WinoGrande"): (128, 384, None, 9, 64, 2000, 50, 5000),
+    ("common_sense", "PIQA"): (128, 384, None, 9, 64, 1000, 50, 5000),
+    ("coding", "1.5b"): (16, 26624, 1000, 11, 48, 2500, 80, 5000),
+    ("coding", "7b"): (16, 26624, 1000, 11, 48, 5000, 100, 5000),
+    ("math", "1.5b"): (32, 4608, 1000, 11, 128, 5000, 80, 10_000),
+    ("math", "7b"): (16, 4608, 1000, 11, 48, 5000, 80, 10_000),
+    ("multimodal", "3b"): (16, 1536, None, 11, 64, 5000, 100, 5000),
+    ("ablations", "form-answer"): (32, 6144, 1000, 11, 128, 3000, 80, 10_000),
+    ("ablations", "extractor-glove"): (128, 200, None, 9, 64, 3000, 50, 5000),
+    ("ablations", "prompts-256"): (256, 384, None, 9, 64, 3000, 50, 5000),
+    ("ablations", "prompts-512"): (512, 384, None, 9, 64, 3000, 50, 5000),
+}
+
+
+@pytest.mark.parametrize("file,variant", VARIANTS)
+def test_settings_are_the_papers(file, variant):
+    config = get(file, variant)
+    c, t = config.collect, config.train
+    expected = PAPER.get((file, variant), (128, 384, None, 9, 64, 3000, 50, 5000))
+    assert (config.condition.prompts, config.encoder.length, config.decoder.shortened, config.decoder.kernel_size, t.batch_size,
+            t.steps, c.checkpoints, c.max_rows) == expected
+    assert (t.learning_rate, t.weight_decay, t.clip_norm, t.warmup_steps, t.condition_noise, t.token_noise) == (
+        3e-5, 0.1, 1.0, 1, 1e-4, 1e-5)
+    assert (c.rank, c.learning_rate, c.warmup_ratio, c.dtype, c.seed_per_task) == (
+        8 if "0.5B" in config.base else 16, 1e-4, 0.01, "bfloat16", False)
+    assert c.max_length == (4400 if c.max_rows == 10_000 else 2048) and set(c.target_modules) == set(ALL_LINEAR)
 
 
 def test_all_experiments_of_the_paper_are_there():
@@ -51,10 +97,10 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
         get("common_sense", "ARC-x")
 
 
-def test_every_docstring_says_command_and_hardware():
+def test_every_docstring_says_command_hardware_and_what_to_expect():
     for file in FILES:
         text = pathlib.Path(importlib.import_module(f"experiments.configs.{file}").__file__).read_text().split('"""')[1]
-        assert f"--config=experiments/configs/{file}.py" in text and "Hardware" in text
+        assert f"--config=experiments/configs/{file}.py" in text and "Hardware: " in text and "Expected" in text
 
 
 # billions of parameters and TFLOP per adapter of the published decoders

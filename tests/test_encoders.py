@@ -89,6 +89,17 @@ def test_options_beyond_the_paper(folders, name):
     np.testing.assert_allclose(pooled[0, 0], plain[used].mean(0), atol=2e-3)
 
 
+def test_hidden_states_beyond_float16_are_refused(folders, tmp_path):
+    import transformers as t
+
+    model = t.T5EncoderModel.from_pretrained(folders / "t5")
+    model.encoder.final_layer_norm.weight.data *= 1e6
+    model.save_pretrained(tmp_path)
+    t.AutoTokenizer.from_pretrained(folders / "t5").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"a hidden state is .*e\+0\d, float16 ends at 65504"):
+        encoders.make({"kind": "t5", "name": str(tmp_path), "length": 10})(["how"])
+
+
 def test_a_causal_encoder_reads_the_layer_it_is_told(folders):
     chosen = settings(folders)["causal_lm"]
     ids = torch.tensor([[3, 4, 5] + [0] * 7])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_module
+from flax.traverse_util import flatten_dict
 
-from dnd_jax import adapters, checkpoints, pairs, released, tokens, train
+from dnd_jax import adapters, checkpoints, generate, pairs, released, tokens, train
 from dnd_jax.types import InputError
 from experiments.configs import tenants
 
@@ -47,6 +48,32 @@ def test_a_released_decoder_generates_and_goes_back(smoke, tmp_path):
                          check=False)
     assert refused.returncode == 1 and "layers_0/bias is [2, 2], the config's decoder has" in refused.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_a_decoder_with_the_long_prompts_projection_goes_both_ways(tmp_path):
+    """The projection's matrices have other shapes than the decoder's kernels, and lie beside it in the file."""
+    config = tenants.get_config("smoke").unlock()
+    config.model = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24,
+                    "num_hidden_layers": 2, "condition_width": 6}
+    config.decoder = {"blocks": ((4, 4, 6),), "kernel_size": 3, "shortened": 5}
+    config.encoder.length, config.condition.prompts = 14, 3
+    layout = tokens.plan(released.spec_of_model(config.model, 2, config.collect.target_modules))
+    decoder = train.decoder_of(config, 14, 6, layout.shape)
+    condition = np.random.default_rng(0).normal(size=(1, *decoder.condition_shape)).astype(np.float32)
+    params = decoder.init(jax.random.key(0), condition)["params"]
+    state = released.params_to_torch(params)
+    assert state["down_proj.weight"].shape == (5, 14) and state["gate_proj.bias"].shape == (5,)
+    torch.save({"state_dict": {name: torch.tensor(value) for name, value in state.items()}}, tmp_path / "theirs.pth")
+    released.import_checkpoint(config, released.read_state(tmp_path / "theirs.pth", 10**8), tmp_path / "workdir")
+    generator = generate.Generator(tmp_path / "workdir")
+    ours = flatten_dict(generator(condition[0]), sep="/")
+    expected = flatten_dict(tokens.decode(np.asarray(decoder.apply({"params": params}, condition)[0]), layout), sep="/")
+    for path, value in expected.items():
+        np.testing.assert_allclose(ours[path], value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
+    _, best, _, _ = checkpoints.load_best(tmp_path / "workdir/checkpoints")
+    released.write_state(tmp_path / "back.pth", released.params_to_torch(best))
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == state.keys() and all(np.array_equal(back[name], value) for name, value in state.items())
 
 
 class Bomb:

@@ -8,6 +8,7 @@ import pytest
 
 from dnd_jax import tokens
 from dnd_jax.adapters import Leaf, Spec
+from dnd_jax.adapters.architecture import spec_of_model
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,7 +42,10 @@ def test_golden_elements(name):
     golden = np.load(GOLDEN / f"{name}.npz")
     config = json.loads(golden["config"].tobytes())
     tree, spec = golden_adapter(config)
-    layout = tokens.plan(spec)
+    model = {"hidden_size": config["hidden"], "num_attention_heads": config["hidden"] // 64, "intermediate_size":
+             config["intermediate"], "num_key_value_heads": config["kv"] // 64, "num_hidden_layers": config["layers"]}
+    layout = tokens.plan(spec_of_model(model, config["rank"]))  # from the model's config alone
+    assert layout == tokens.plan(spec)
     actual, mask = tokens.encode(tree, layout)
     assert actual.dtype == np.float32 and layout.shape == actual.shape == tuple(golden["shape"])
     assert layout.shape[1:] == tuple(config["token_size"])

@@ -44,6 +44,9 @@ def cut_down(config: ml_collections.ConfigDict, scale: int) -> ml_collections.Co
     config = ml_collections.ConfigDict(config.to_dict())
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "condition_width"):
         config.model[key] = max(1, config.model[key] // scale)
+    if config.model.hidden_size < config.model.num_attention_heads:
+        raise InputError(f"command line: --scale is {scale}, which leaves {config.model.hidden_size} channels for "
+                         f"{config.model.num_attention_heads} attention heads")
     config.condition.prompts = max(1, config.condition.prompts // scale)
     config.encoder.length = max(1, config.encoder.length // scale)
     if config.decoder.shortened:

@@ -1,10 +1,11 @@
-"""The paper's ablations, each against leaving out ARC-c with 3000 steps unless it says otherwise.
+"""The paper's ablations: 3000 steps, leaving out ARC-c; but for answers as conditions, which are of mathematics, 1.5B.
 
     python -m dnd_jax.train --config=experiments/configs/ablations.py:extractor-t5 --workdir=runs/ablations/extractor-t5
 
 Arguments: `form-...` what a condition is made of; `extractor-...` the text encoder; `pool-...` how many prompts the 128 of a
 condition are drawn from; `prompts-...` conditions of more prompts; `sets-...` how many sets are trained on, the rest being
-test. Hardware: see `common.py`. The paper's figures for these are charts.
+test. Hardware: see `common.py`. Expected: ARC-c with 4000 steps, plain prompts and MiniLM is 51.6% (base 38.3%); the paper shows
+the variants as charts, without figures.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "form-prompt": {"form": "prompt"},
     "form-prompt+answer": {"form": "prompt+answer"},
     "form-mix": {"form": "mix"},
-    "form-answer": {"form": "answer", "length": 6144},
+    "form-answer": {"form": "answer", "length": 6144, "steps": 3000},
     "extractor-glove": {"encoder": GLOVE, "width": 300, "length": 200, "blocks": (
         (200, 100, 256), (256, 50, 256), (512, 20, 256), (1024, 20, 128), (2048, 10, 128))},
     "extractor-t5": {"encoder": T5, "width": 768, "blocks": (

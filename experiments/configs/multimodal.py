@@ -3,7 +3,7 @@ language tower, the conditions of the prompts' text.
 
     python -m dnd_jax.train --config=experiments/configs/multimodal.py --workdir=runs/multimodal
 
-Hardware: see `common.py`.
+Hardware: see `common.py`. Expected: 0.61 s and 20.3 GB to generate an adapter on an A100 (paper, its own figures).
 """
 
 import ml_collections
