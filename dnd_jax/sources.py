@@ -114,6 +114,17 @@ def read(source: files.PathLike | Source) -> list[Row]:
       InputError: a missing or malformed file or row, or columns of which none occurs.
     """
     source = source if isinstance(source, Source) else Source(str(source))
+    raw = read_raw(source)
+    names = set().union(*raw)
+    columns = source.columns or next((c for c in DEFAULT_COLUMNS if next(iter(c.values())) in names), DEFAULT_COLUMNS[2])
+    prompt = columns.get("messages") or columns.get("prompt")
+    if prompt not in names:
+        raise InputError(f"{source}: no row has a column {prompt!r} for the prompt, there are {sorted(names)}")
+    return [_to_row(row, columns, source, i) for i, row in enumerate(raw)]
+
+
+def read_raw(source: Source) -> list[dict[str, Any]]:
+    """Read a source's rows under the columns that it has; raise InputError at a missing or malformed file."""
     path = pathlib.Path(source.place)
     if source.hub or path.is_dir():
         raw = _read_by_datasets(source)
@@ -121,12 +132,7 @@ def read(source: files.PathLike | Source) -> list[Row]:
         raw = _read_lines(path) if path.suffix == ".jsonl" else files.read_json(path)
     if not isinstance(raw, list) or not raw or not all(isinstance(row, dict) for row in raw):
         raise InputError(f"{source}: expected a non-empty list of objects, found {str(raw)[:60]!r}")
-    names = set().union(*raw)
-    columns = source.columns or next((c for c in DEFAULT_COLUMNS if next(iter(c.values())) in names), DEFAULT_COLUMNS[2])
-    prompt = columns.get("messages") or columns.get("prompt")
-    if prompt not in names:
-        raise InputError(f"{source}: no row has a column {prompt!r} for the prompt, there are {sorted(names)}")
-    return [_to_row(row, columns, source, i) for i, row in enumerate(raw[: source.num_samples])]
+    return raw[: source.num_samples]
 
 
 def _to_row(raw: Mapping[str, Any], columns: Mapping[str, str], source: Source, number: int) -> Row:
