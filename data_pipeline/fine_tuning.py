@@ -17,6 +17,7 @@ from dnd_jax.types import InputError
 
 DTYPES = ("float32", "bfloat16")
 QUANTISED = ("none", "nf4")
+VISION_TOWER = r".*(visual|vision).*"  # has layers of the same names as the language tower
 IGNORED = -100  # the label of what isn't learned
 
 Example = tuple[list[int], list[int]]
@@ -46,24 +47,26 @@ def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tupl
     """
     import torch
     from peft import prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
+    vision = hasattr(AutoConfig.from_pretrained(base), "vision_config")
+    kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     tokenizer = prompts.load_tokenizer(base)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, c.dtype)
     if c.quantize == "nf4":
         four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                        bnb_4bit_compute_dtype=dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=four_bits, device_map=device)
+        model = kind.from_pretrained(base, dtype=dtype, quantization_config=four_bits, device_map=device)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model = kind.from_pretrained(base, dtype=dtype)
         model.to(device)
     peft_model = add_lora(model, c, seed)
     return peft_model, tokenizer, {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
 
 
 def add_lora(model: Any, c: ml_collections.ConfigDict, seed: int) -> Any:
-    """Return the model with trainable LoRA layers, their A drawn from `seed`."""
+    """Return the model with LoRA layers to train, A drawn from `seed`; of a vision-language model in its language tower only."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -71,15 +74,22 @@ def add_lora(model: Any, c: ml_collections.ConfigDict, seed: int) -> Any:
         model.config.use_cache = False
         model.activation_checkpointing_enable()
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=c.rank, lora_alpha=c.alpha,
-                                            target_modules=c.target_modules, lora_dropout=c.dropout))
+    tower = {"exclude_modules": VISION_TOWER} if hasattr(model.config, "vision_config") else {}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=c.rank, lora_alpha=c.alpha, lora_dropout=c.dropout,
+                                            target_modules=c.target_modules, **tower))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
 def tokenise(tokenizer: Any, rows: Sequence[prompts.Row], max_length: int) -> list[Example]:
-    """Return ids and labels of every row, cut off at `max_length`, without those of which no response token is left."""
+    """Return ids and labels of every row, cut off at `max_length`, without those of which no response token is left.
+
+    Raises:
+      InputError: a row with images, which would be trained on blindly.
+    """
+    if seen := next((row for row in rows if row.images), None):
+        raise InputError(f"fine-tuning takes text only, a row has images: {seen.prompt[:60]!r} with {str(seen.images[0])[:60]}")
     examples = []
     for row in rows:
         prompt, response = prompts.prompt_ids(tokenizer, row), prompts.response_ids(tokenizer, row)

@@ -13,6 +13,7 @@ from conftest import ROOT, run_module, small_base
 
 from data_pipeline import collect, fine_tuning
 from dnd_jax import adapters
+from dnd_jax.adapters.architecture import ALL_LINEAR, spec_of_model
 from dnd_jax.prompts import Row
 from dnd_jax.types import InputError
 from experiments.configs import tenants
@@ -43,9 +44,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def settings(world, out, **changes):
+def settings(world, out, base="base", **changes):
     config = tenants.get_config("smoke").unlock()
-    config.base, config.tasks = str(world / "base"), str(world / "tasks.json")
+    config.base, config.tasks = str(world / base), str(world / "tasks.json")
     config.collect.update({"out": str(out), "batch_size": 6, "steps": STEPS, "checkpoints": CHECKPOINTS,
                            "multi_task_steps": STEPS, "learning_rate": 1e-2, "rank": 4} | changes)
     return ml_collections.FrozenConfigDict(config)
@@ -124,6 +125,22 @@ def test_bfloat16_is_of_the_base_and_adapters_stay_float32(world, tmp_path, plai
     assert losses != plain[0]
     leaf = trees[-1]["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_A"]
     assert leaf.dtype == np.float32 and np.isfinite(leaf).all()
+
+
+def test_of_a_vision_language_model_the_language_tower_is_adapted(world, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    model = small_base("qwen2_5_vl", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "vl")
+    tokenizer.save_pretrained(tmp_path / "vl")
+    (tmp_path / "adapters").mkdir()
+    config = settings(world, tmp_path / "adapters", base=tmp_path / "vl", target_modules=ALL_LINEAR)
+    collect.collect_one(config, collect.plan_runs(config)[1])
+    _, spec = adapters.read(tmp_path / "adapters" / "task0" / f"step_{STEPS + 1}")
+    assert spec.leaves == spec_of_model(json.loads((tmp_path / "vl" / "config.json").read_text()), 4).leaves
+    with pytest.raises(InputError, match=r"a row has images: 'what \?' with a\.png"):
+        fine_tuning.tokenise(tokenizer, [Row("what ?", "seven", images=("a.png",))], 64)
 
 
 def command(world, out):
