@@ -74,7 +74,7 @@ def add_lora(model: Any, c: ml_collections.ConfigDict, seed: int) -> Any:
         model.config.use_cache = False
         model.activation_checkpointing_enable()
     torch.manual_seed(seed)
-    tower = {"exclude_modules": VISION_TOWER} if hasattr(model.config, "vision_config") else {}
+    tower: dict[str, Any] = {"exclude_modules": VISION_TOWER} if hasattr(model.config, "vision_config") else {}
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=c.rank, lora_alpha=c.alpha, lora_dropout=c.dropout,
                                             target_modules=c.target_modules, **tower))
 

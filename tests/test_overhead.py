@@ -25,6 +25,7 @@ def test_cutting_down_keeps_kernel_and_rank_and_fits_the_cut_base():
         assert bool(decoder.length) == bool(large.length)
 
 
+@pytest.mark.slow
 def test_command_measures_and_adds_a_finished_run(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.json").write_text(json.dumps({"cost": COST}))
