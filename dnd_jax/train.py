@@ -138,10 +138,10 @@ def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigD
 
 
 def make_evaluate(decoder: HyperConvDecoder, mask: np.ndarray, importance: np.ndarray) -> Callable[..., jax.Array]:
-    """Return `(params, condition, tokens) -> mean loss`, without noise."""
+    """Return `(params, condition [B,N,L,C], tokens [B,T,H,W]) -> losses [B]`, without noise."""
     def evaluate(params: Params, condition: jax.Array, tokens: jax.Array) -> jax.Array:
         predicted: jax.Array = decoder.apply({"params": params}, condition.astype(jnp.float32))  # type: ignore[assignment]
-        return token_loss(predicted, tokens, mask, importance).mean()
+        return token_loss(predicted, tokens, mask, importance)
 
     return evaluate
 
@@ -161,8 +161,8 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
     evaluate = jax.jit(make_evaluate(decoder, mask, store.importance))
     held_out = store.split("validation")
-    # Too few examples to be worth splitting: every device validates on all of them.
-    validation = jax.device_put(validation_batch(held_out, config), sharding.replicated(mesh)) if held_out else None
+    validation = sharding.put_filled(mesh, *validation_batch(held_out, config)) if held_out else None
+    examples = len(held_out) * t.validation_draws
 
     if t.calibrate and decoder.length:
         raise InputError(f"config.train.calibrate is set, but conditions of {decoder.length} positions are shortened first")
@@ -186,7 +186,7 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
                 continue
             entry = {k: float(v) for k, v in metrics.items()}
             if validates and validation is not None:
-                entry["validation_loss"] = float(evaluate(state.params, *validation))
+                entry["validation_loss"] = float(np.asarray(evaluate(state.params, *validation))[:examples].mean())
             check_finite(entry, done, {tasks[n].name for n in numbers})
             seconds = time.perf_counter() - began
             entry |= {"steps_per_s": (done - first) / seconds, "seconds": metrics_log.seconds + seconds}
