@@ -155,7 +155,9 @@ def test_gauges_keep_products_of_runs_from_different_seeds(smoke, tmp_path, gaug
         for name in ("q_proj", "v_proj"):
             ours, theirs = (t["model"]["layers"]["1"]["self_attn"][name] for t in (stored, trained))
             product = theirs["lora_B"] @ theirs["lora_A"]
-            np.testing.assert_allclose(ours["lora_B"] @ ours["lora_A"], product, atol=2e-5 * np.abs(product).max())
+            # Tokens round each factor to 2e-6; where an alignment is steep, the factors are large beside their product.
+            factors = np.abs(ours["lora_B"]) @ np.abs(ours["lora_A"])
+            np.testing.assert_allclose(ours["lora_B"] @ ours["lora_A"], product, rtol=0, atol=1e-5 * factors.max())
     assert len(starts) == len(store.tasks)
 
 
