@@ -8,12 +8,9 @@ The same command again resumes: every step's batch and noise are functions of th
 import contextlib
 import dataclasses
 import json
-import math
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +20,12 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from dnd_jax import baselines, checkpoints, cli, files, logs, pairs, sharding
+from dnd_jax import baselines, checkpoints, cli, files, guards, logs, optimizers, pairs, sharding, workdirs
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, token_loss
 from dnd_jax.types import InputError, Params
 
-FREE = frozenset({"train.log_every"})  # fields that change no parameter of a run; another value may resume it
 
 
 @jax.tree_util.register_dataclass
@@ -59,20 +55,13 @@ def decoder_of(config: ml_collections.ConfigDict, length: int, width: int, token
     return HyperConvDecoder(features, config.decoder.kernel_size, length if shortened else None)
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Return AdamW with clipping by global norm, linear warm-up and a cosine to zero (paper, section 4.1)."""
-    t = config.train
-    rate = optax.warmup_cosine_decay_schedule(0.0, t.learning_rate, t.warmup_steps, t.steps)
-    return optax.chain(optax.clip_by_global_norm(t.clip_norm), optax.adamw(rate, weight_decay=t.weight_decay))
-
-
 def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mesh: jax.sharding.Mesh,
                tasks: Sequence[pairs.Task] = ()) -> State:
     """Initialise the state on the mesh, jitted so that no device holds more than its part.
 
     Given tasks, the first norm starts calibrated on their conditions.
     """
-    tx = make_optimizer(config)
+    tx = optimizers.make_optimizer(config)
     calibrated = calibrate(tasks) if tasks else {}
 
     def init(rng: jax.Array) -> State:
@@ -103,7 +92,7 @@ def calibrate(tasks: Sequence[pairs.Task]) -> dict[str, jax.Array]:
 def make_train_step(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mask: np.ndarray, importance: np.ndarray
                     ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """Return `(state, condition [B,N,L,C], tokens [B,T,H,W]) -> (state, metrics)`, a pure function."""
-    tx = make_optimizer(config)
+    tx = optimizers.make_optimizer(config)
     t = config.train
 
     def train_step(state: State, condition: jax.Array, tokens: jax.Array) -> tuple[State, dict[str, jax.Array]]:
@@ -175,7 +164,7 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     first = int(state.step)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0)
     began = time.perf_counter()
-    with contextlib.closing(checkpointer), logs.MetricsLog(workdir, first) as metrics_log, until_terminated() as terminated:
+    with contextlib.closing(checkpointer), logs.MetricsLog(workdir, first) as metrics_log, guards.until_terminated() as terminated:
         for step in bar:
             condition, tokens, numbers = pairs.batch(tasks, config.seed, step, t.batch_size, config.condition.prompts)
             state, metrics = train_step(state, *sharding.put(mesh, condition, tokens))
@@ -187,7 +176,7 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
             entry = {k: float(v) for k, v in metrics.items()}
             if validates and validation is not None:
                 entry["validation_loss"] = float(np.asarray(evaluate(state.params, *validation))[:examples].mean())
-            check_finite(entry, done, {tasks[n].name for n in numbers})
+            guards.check_finite(entry, done, {tasks[n].name for n in numbers})
             seconds = time.perf_counter() - began
             entry |= {"steps_per_s": (done - first) / seconds, "seconds": metrics_log.seconds + seconds}
             metrics_log.append({"step": done} | entry)
@@ -197,27 +186,6 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
             if stops:
                 print(f"terminated: step {done} is saved, the same command goes on from there")
                 return
-
-
-@contextlib.contextmanager
-def until_terminated() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGTERM has come; it no longer ends the process while the block runs."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def check_finite(metrics: dict[str, float], step: int, names: set[str]) -> None:
-    """Raise FloatingPointError naming step, metric and the tasks of the batch unless every metric is finite."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"step {step}: {name} is {value}, tasks {sorted(names)}")
 
 
 def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperConvDecoder) -> dict[str, Any]:
@@ -232,35 +200,6 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
     }
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Write the config into a new workdir; in an old one it may differ in FREE fields only.
-
-    Raises:
-      InputError: another run is using the workdir, or it has another config; the message names every field and both values.
-    """
-    path = workdir / "config.json"
-    new = json.loads(cli.config_json(config))
-    old = files.read_json(path) if path.exists() else None
-    if old is not None:
-        found = {field: values for field, values in differences(old, new).items() if field not in FREE}
-        if found:
-            raise InputError("; ".join(f"{path}: {field} is {old!r}, the config given says {given!r}"
-                                       for field, (old, given) in sorted(found.items())))
-    files.lock(workdir)
-    if old != new:
-        files.write_text(path, cli.config_json(config) + "\n")
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the fields in which two nested configs differ, with both values."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return {} if old == new else {prefix: (old, new)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in old.keys() | new.keys():
-        found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-    return found
-
-
 def define_flags() -> None:
     cli.define_config()
     cli.define_string("workdir", "Folder for checkpoints, config and metrics.")
@@ -273,7 +212,7 @@ def main(args: Any) -> None:
         raise InputError(f"{config.export.store}: has no train task, training needs at least one")
     if not store.split("validation"):
         print(f"{config.export.store}: has no validation task, so the last checkpoint is the one that counts")
-    claim_workdir(config, workdir)
+    workdirs.claim(config, workdir)
     if store.spec.carried:
         files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
     train(config, store, workdir)

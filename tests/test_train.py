@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_store, run_module, tiny_config, train_command
 
-from dnd_jax import checkpoints, pairs, sharding, train
+from dnd_jax import checkpoints, pairs, sharding, train, workdirs
 from dnd_jax.types import InputError
 
 
@@ -151,11 +151,11 @@ def test_batch_that_devices_do_not_divide_is_refused(tmp_path, store):
 
 def test_another_config_is_refused_naming_the_field(tmp_path, store):
     config = tiny_config(store)
-    train.claim_workdir(config, tmp_path / "run")
-    train.claim_workdir(config, tmp_path / "run")
+    workdirs.claim(config, tmp_path / "run")
+    workdirs.claim(config, tmp_path / "run")
     before = os.stat(tmp_path / "run" / "config.json").st_mtime_ns
     with pytest.raises(InputError, match=r"config\.json: train\.batch_size is 8, the config given says 16"):
-        train.claim_workdir(tiny_config(store, batch_size=16), tmp_path / "run")
+        workdirs.claim(tiny_config(store, batch_size=16), tmp_path / "run")
     assert os.stat(tmp_path / "run" / "config.json").st_mtime_ns == before
 
 
