@@ -27,7 +27,6 @@ from dnd_jax.losses import add_noise, token_loss
 from dnd_jax.types import InputError, Params
 
 
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -164,7 +163,8 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     first = int(state.step)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0)
     began = time.perf_counter()
-    with contextlib.closing(checkpointer), logs.MetricsLog(workdir, first) as metrics_log, guards.until_terminated() as terminated:
+    with (contextlib.closing(checkpointer), logs.MetricsLog(workdir, first) as metrics_log,
+          guards.until_terminated() as terminated):
         for step in bar:
             condition, tokens, numbers = pairs.batch(tasks, config.seed, step, t.batch_size, config.condition.prompts)
             state, metrics = train_step(state, *sharding.put(mesh, condition, tokens))
