@@ -55,8 +55,11 @@ class HyperConvDecoder(nn.Module):
         x = jnp.asarray(condition, self.dtype)
         if self.length is not None:
             x = Shorten(self.features[0][1], self.dtype, name="shorten")(x)
-        for i, (source, target) in enumerate(zip(self.features, self.features[1:], strict=False)):
-            y = HyperConvLayer(source, target, self.kernel_size, self.dtype, name=f"layers_{i}")(x)
+        steps = list(zip(self.features, self.features[1:], strict=False))
+        for i, (source, target) in enumerate(steps):
+            # A later norm takes a constant per prompt off again, wherever it is not the residual that carries it to the end.
+            counts = all(s == t for s, t in steps[i + 1:])
+            y = HyperConvLayer(source, target, self.kernel_size, self.dtype, counts, name=f"layers_{i}")(x)
             x = x + y if source == target else y
         return x
 
@@ -89,13 +92,15 @@ class HyperConvLayer(nn.Module):
         height = tanh(conv_CD[MxN](conv_LM[NxC](norm(x))))
         y      = conv_NO[MxD]((width + height + bias) / 3) + out_bias
 
-    Kernels are stored `[out, in, k, k]` as in the released checkpoints.
+    Kernels are stored `[out, in, k, k]` as in the released checkpoints. Unless `bias_counts`, no output depends on `out_bias`
+    and its gradient is exactly zero: rounding would make it noise, which Adam turns into steps of full size.
     """
 
     source: Shape3
     target: Shape3
     kernel_size: int
     dtype: jnp.dtype = jnp.float32
+    bias_counts: bool = True
 
     @nn.compact
     def __call__(self, x: Block) -> Block:
@@ -108,6 +113,7 @@ class HyperConvLayer(nn.Module):
         bias = self.param("bias", _uniform(1.0 / (m * d)), (m, d))
         y = (width + height + bias.astype(self.dtype)) / 3
         out_bias = self.param("out_bias", _uniform((n * self.kernel_size**2) ** -0.5), (o,))
+        out_bias = out_bias if self.bias_counts else jax.lax.stop_gradient(out_bias)
         y = plane_conv(y, self._kernel("out_conv", o, n), "BNMD,MD->BOMD")
         return y + out_bias.astype(self.dtype)[:, None, None]
 

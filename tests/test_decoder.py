@@ -45,7 +45,7 @@ def test_golden_output_and_gradients(name):
     for path, expected in flatten_dict(gradients, sep="/").items():
         actual = flatten_dict(d_params, sep="/")[path]
         if path.endswith("out_bias") and not path.startswith(f"layers_{len(params) - 1}"):
-            # The next layer's norm removes it where no residual carries it: its gradient is rounding noise.
+            # The next layer's norm removes it where no residual carries it: rounding noise there, exactly zero here.
             assert np.abs(actual - expected).max() <= 1e-5 * largest, path
         else:
             assert_near(actual, expected, path)
@@ -57,6 +57,25 @@ def test_shapes_follow_features(features, k):
     x = jnp.ones((2, *features[0]))
     params = decoder.init(jax.random.key(0), x)["params"]
     assert decoder.apply({"params": params}, x).shape == (2, *features[-1])
+
+
+A, B, C = (3, 4, 5), (6, 2, 7), (2, 3, 4)
+
+
+@pytest.mark.parametrize("features,counts", [((A, A, A), [True, True]), ((A, B, B, C), [False, False, True])])
+def test_output_biases_that_no_output_depends_on_have_zero_gradients(features, counts, rng):
+    """All others have gradients, and moving one by 1 moves the output if and only if it has."""
+    decoder = HyperConvDecoder(features, 3)
+    x = jnp.asarray(rng.normal(size=(2, *features[0])), jnp.float32)
+    params = decoder.init(jax.random.key(0), x)["params"]
+    apply = jax.jit(lambda params: decoder.apply({"params": params}, x))
+    gradients = jax.jit(jax.grad(lambda params: jnp.square(decoder.apply({"params": params}, x)).sum()))(params)
+    for i, expected in enumerate(counts):
+        moved = {**params, f"layers_{i}": {**params[f"layers_{i}"], "out_bias": params[f"layers_{i}"]["out_bias"] + 1}}
+        moves = np.abs(apply(moved) - apply(params)).max()
+        assert (moves > 0.1) == expected and (expected or moves < 1e-4), (i, moves)
+        assert (np.abs(gradients[f"layers_{i}"].pop("out_bias")) > 0).all() == expected, i
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
 
 
 def test_wrong_condition_names_both_shapes():
