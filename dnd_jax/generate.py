@@ -1,14 +1,18 @@
-"""Generate an adapter from unlabeled prompts.
+"""Generate adapters from unlabeled prompts.
 
     python -m dnd_jax.generate --workdir=build/tenants/run --prompts=my_prompts.txt --out=adapters/mine
+    python -m dnd_jax.generate --workdir=build/tenants/run --prompts=a.txt,b.json --prompts=c.txt --out=adapters
 
 Writes `adapters/<hash of the content>/`, a PEFT folder with a card, and makes `adapters/mine` a link to it: servers that
-cache by path never see another adapter under an old name.
+cache by path never see another adapter under an old name. Of several prompt files each becomes a link of its stem in the
+folder `adapters`, here `a`, `b` and `c`: the decoder is compiled once, and one adapter is written while the next is computed.
 """
 
+import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -23,7 +27,7 @@ from dnd_jax.adapters.card import card
 from dnd_jax.adapters.tensor_files import TensorFile
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.tokens import Layout
-from dnd_jax.types import Tree
+from dnd_jax.types import InputError, Tree
 
 
 class Generator:
@@ -78,45 +82,134 @@ def nearest_tasks(about: dict[str, Any], condition: Float[np.ndarray, "N L C"], 
     return [(list(about["embeddings"])[i], float(cosines[i])) for i in np.argsort(-cosines)[:count]]
 
 
-def choose(available: Sequence[str], count: int, seed: int) -> list[str]:
-    """Return `count` of the prompts, in a drawn order; fewer than that are repeated, and standard output says so."""
+def choose(available: Sequence[str], count: int, seed: int, name: str) -> list[str]:
+    """Return `count` of a file's prompts, in a drawn order; fewer than that are repeated, and standard output says so."""
     if len(available) < count:
-        print(f"{len(available)} prompts given, the decoder takes {count}: they are repeated")
+        print(f"{name}: {len(available)} prompts given, the decoder takes {count}: they are repeated")
     order = pairs.draw_prompts(np.random.default_rng(seed), len(available), count)
     return [available[i] for i in order]
 
 
+# --- several prompt files --------------------------------------------------------------------------------------------
+
+
+def plan_links(values: Sequence[str], out: str) -> dict[str, pathlib.Path]:
+    """Return the link that each prompt file's adapter gets: `out`, or for several files their stems in the folder `out`.
+
+    Args:
+      values: names of files, or several separated by commas; a file whose own name has a comma is taken as it is.
+      out: as given on the command line.
+
+    Raises:
+      InputError: no file, two files of one stem, or a link's name that something else has.
+    """
+    names = [name for value in values for name in ([value] if pathlib.Path(value).exists() else value.split(",")) if name]
+    if not names:
+        raise InputError("command line: --prompts names no file")
+    if len(names) == 1:
+        return {names[0]: files.check_link(out)}
+    if pathlib.Path(out).is_symlink():
+        raise InputError(f"{out}: is a link, expected a folder for the adapters of {len(names)} prompt files")
+    links: dict[str, pathlib.Path] = {}
+    for name in names:
+        link = files.check_link(pathlib.Path(out) / pathlib.Path(name).stem)
+        if rival := next((known for known, taken in links.items() if taken == link), None):
+            raise InputError(f"{rival} and {name}: both adapters would be named {link}; give the files stems of their own")
+        links[name] = link
+    return links
+
+
+@contextlib.contextmanager
+def noted(failures: dict[str, Exception], name: str) -> Iterator[None]:
+    """Keep what goes wrong with one file, so that the others are not lost."""
+    try:
+        yield
+    except (InputError, FloatingPointError, OSError) as error:
+        failures[name] = error
+
+
+def raise_noted(failures: Mapping[str, Exception], count: int) -> None:
+    """Raise what was noted, naming every file, if anything was; of a single file the error itself."""
+    if failures and count == 1:
+        raise next(iter(failures.values()))
+    if failures:
+        said = [text if (text := str(error)).startswith(name) else f"{name}: {text}" for name, error in failures.items()]
+        raise InputError(f"{len(failures)} of {count} prompt files gave no adapter: {'; '.join(said)}")
+
+
+def overlap(names: Sequence[str], compute: Callable[[str], Any], finish: Callable[[str, Any], None],
+            failures: dict[str, Exception]) -> None:
+    """Compute for every name in turn; beside it, in order, one thread finishes what the name before gave.
+
+    At most one result waits in memory. What fails is noted, and the other names go on.
+    """
+    finishing: dict[str, futures.Future[None]] = {}
+    with futures.ThreadPoolExecutor(1, "writer") as writer:
+        for name in names:
+            with noted(failures, name):
+                result = compute(name)
+                futures.wait(list(finishing.values())[-1:])
+                finishing[name] = writer.submit(finish, name, result)
+    for name, future in finishing.items():
+        with noted(failures, name):
+            future.result()
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
 def define_flags() -> None:
     cli.define_string("workdir", "Folder of a training run.")
-    cli.define_string("prompts", "Text file with a prompt a line, or JSON list of prompts or rows.")
-    cli.define_string("out", "Name for the adapter: a link to the folder beside it that has its content's hash for a name.")
-    flags.DEFINE_integer("seed", 0, "Draws the prompts where the file holds more than the decoder takes.")
+    flags.DEFINE_multi_string("prompts", None, "Text file with a prompt a line, or JSON list of prompts or rows; may be "
+                              "given several times, or be several names separated by commas.")
+    flags.mark_flag_as_required("prompts")
+    cli.define_string("out", "Name for the adapter: a link to the folder beside it that has its content's hash for a name. "
+                      "With several prompt files the folder for such links, named by the files' stems.")
+    flags.DEFINE_integer("seed", 0, "Draws the prompts where a file holds more than the decoder takes.")
     flags.DEFINE_enum("profile", "faithful", ["faithful", "portable"], "As trained, or plain LoRA as vLLM and SGLang take it.")
 
 
-def main(args: Any) -> None:
-    texts, out = prompts.read_prompts(args.prompts), files.check_link(args.out)
-    generator = Generator(args.workdir)
-    encoder = encoders.make(generator.about["encoder"])
-    began = time.perf_counter()
-    condition = encoder(choose(texts, generator.prompts, args.seed))
-    tree, spec = generator(condition), generator.spec
-    if args.profile == "portable":
-        tree, spec = adapters.portable(tree, spec)
+def write(args: Any, generator: Generator, link: pathlib.Path, tree: Tree, facts: Mapping[str, str]) -> str:
+    """Write one adapter's folder with its card, make `link` a link to it, and return the folder's name."""
+    tree, spec = adapters.portable(tree, generator.spec) if args.profile == "portable" else (tree, generator.spec)
     text = card(spec, generator.about, {
         "decoder checkpoint": f"{pathlib.Path(args.workdir).resolve().name}, step {generator.step}", "profile": args.profile,
-        "prompts": f"{len(texts)} from {pathlib.Path(args.prompts).name}, sha256 {files.sha256_file(args.prompts)}",
-        "nearest training tasks": ", ".join(f"{n} ({c:.2f})" for n, c in nearest_tasks(generator.about, condition))
-        or "not recorded",
-        "date": time.strftime("%Y-%m-%d"),
-    }, describe_carried(generator.about))
-    folder = adapters.write_addressed(out.parent, tree, spec, text)
-    files.link(out, folder)
-    seconds = time.perf_counter() - began
+        **facts, "date": time.strftime("%Y-%m-%d")}, describe_carried(generator.about))
+    folder = adapters.write_addressed(link.parent, tree, spec, text)
+    files.link(link, folder)
+    return folder.name
+
+
+def main(args: Any) -> None:
+    links, failures = plan_links(args.prompts, args.out), dict[str, Exception]()
+    texts: dict[str, list[str]] = {}
+    for name in links:
+        with noted(failures, name):
+            texts[name] = prompts.read_prompts(name)
+    if not texts:
+        raise_noted(failures, len(links))
+    generator = Generator(args.workdir)
+    encoder = encoders.make(generator.about["encoder"])
+    chosen = {name: choose(found, generator.prompts, args.seed, name) for name, found in texts.items()}
     if remark := describe_carried(generator.about):
         print(remark)
-    print(f"{out} -> {folder.name}: checkpoint {generator.step}, {seconds:.3f} s from prompts to files, "
-          f"{generator.compile_s:.3f} s of compilation before")
+
+    def compute(name: str) -> tuple[float, np.ndarray, Tree]:
+        began = time.perf_counter()
+        condition = encoder(chosen[name])
+        return began, condition, generator(condition)
+
+    def finish(name: str, result: tuple[float, np.ndarray, Tree]) -> None:
+        began, condition, tree = result
+        folder = write(args, generator, links[name], tree, {
+            "prompts": f"{len(texts[name])} from {pathlib.Path(name).name}, sha256 {files.sha256_file(name)}",
+            "nearest training tasks": ", ".join(f"{n} ({c:.2f})" for n, c in nearest_tasks(generator.about, condition))
+            or "not recorded"})
+        print(f"{links[name]} -> {folder}: checkpoint {generator.step}, {time.perf_counter() - began:.3f} s from prompts to "
+              f"files, {generator.compile_s:.3f} s of compilation before", flush=True)
+
+    overlap(list(chosen), compute, finish, failures)
+    raise_noted(failures, len(links))
 
 
 if __name__ == "__main__":
