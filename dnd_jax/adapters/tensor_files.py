@@ -5,11 +5,12 @@ Nothing is memory-mapped, because truncating a mapped file kills the process tha
 
 import concurrent.futures
 import io
+import itertools
 import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -21,7 +22,8 @@ from dnd_jax.types import InputError
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 40_000  # 128 experts x 3 matrices x 48 layers x (A, B) are 36,864
 MAX_NAME = 500
-BLOCK_BYTES = 8 * 2**20
+PIECE_BYTES = 2**20  # stays in a core's cache between being read and being checked
+THREADS = 2
 DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E4M3": ml_dtypes.float8_e4m3fn,
           "I16": np.int16, "U16": np.uint16, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32,
           "F32": np.float32, "F64": np.float64, "I64": np.int64, "U64": np.uint64}
@@ -63,11 +65,8 @@ class TensorFile:
           InputError: a value that isn't finite, or a file that has shrunk since it was opened.
         """
         buffer = np.empty(max((end for *_, end in self._entries.values()), default=0), np.uint8)
-        self._file.seek(self._start)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # values are checked while the next ones are read
-            checks = [pool.submit(self._check, self._read(buffer, block), block) for block in self._blocks()]
-        for check in checks:
-            check.result()
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda piece: self._fill(buffer, *piece), self._pieces()))
         tensors = {}
         for key, (dtype, shape, begin, end) in self._entries.items():
             part = buffer[begin:end]
@@ -75,29 +74,23 @@ class TensorFile:
             tensors[key] = (part if aligned else part.copy()).view(DTYPES[dtype]).reshape(shape)
         return tensors
 
-    def _blocks(self) -> Iterator[list[str]]:
-        """Yield keys in order of the file, in blocks of about BLOCK_BYTES."""
-        block: list[str] = []
-        size = 0
-        for key, (_, _, begin, end) in sorted(self._entries.items(), key=lambda item: item[1][2]):
-            block.append(key)
-            size += end - begin
-            if size >= BLOCK_BYTES:
-                yield block
-                block, size = [], 0
-        if block:
-            yield block
+    def _pieces(self) -> Iterator[tuple[str, int, int]]:
+        """Yield dtype and extent of pieces of at most PIECE_BYTES, each of one dtype, that together are the file's data."""
+        extents = sorted((begin, end, dtype) for dtype, _, begin, end in self._entries.values())
+        for dtype, run in itertools.groupby(extents, key=lambda extent: extent[2]):
+            tensors = list(run)
+            first, last = tensors[0][0], tensors[-1][1]
+            for begin in range(first, last, PIECE_BYTES):
+                yield dtype, begin, min(begin + PIECE_BYTES, last)
 
-    def _read(self, buffer: np.ndarray, block: Sequence[str]) -> np.ndarray:
-        begin, end = self._entries[block[0]][2], self._entries[block[-1]][3]
-        if (found := self._file.readinto(buffer[begin:end].data)) != end - begin:
-            raise InputError(f"{self.path}: {block[0]}: {found} bytes read, the header says {end - begin}")
-        return buffer
-
-    def _check(self, buffer: np.ndarray, block: Sequence[str]) -> None:
-        for key in block:
-            dtype, _, begin, end = self._entries[key]
-            check_finite(buffer[begin:end], f"{self.path}: {key}", DTYPES[dtype])
+    def _fill(self, buffer: np.ndarray, dtype: str, begin: int, end: int) -> None:
+        """Read one piece into the buffer and check its values while the processor's cache holds them."""
+        piece = buffer[begin:end]
+        if (found := os.preadv(self._file.fileno(), [piece.data], self._start + begin)) != end - begin:
+            raise InputError(f"{self.path}: {found} bytes read from byte {begin} on, the header says {end - begin}")
+        if not is_finite(piece, DTYPES[dtype]):
+            for key, (_, _, first, last) in self._entries.items():
+                check_finite(buffer[max(first, begin) : min(last, end)], f"{self.path}: {key}", DTYPES[dtype])
 
 
 def open_regular(path: pathlib.Path) -> io.FileIO:
@@ -112,23 +105,27 @@ def open_regular(path: pathlib.Path) -> io.FileIO:
     return file
 
 
-def check_finite(value: np.ndarray, where: str, dtype: npt.DTypeLike | None = None) -> None:
-    """Raise InputError if a value is infinite or not a number; integers and 8-bit floats are let through.
+def is_finite(value: np.ndarray, dtype: npt.DTypeLike) -> bool:
+    """Return whether no value is infinite or not a number; integers and 8-bit floats count as finite.
 
     Compares bit patterns, which takes two passes and no memory: as signed integers for the positive ones, as unsigned
     ones, where the sign bit makes them the largest, for the negative.
 
     Args:
       value: contiguous.
-      where: for the message.
-      dtype: to read the bytes of `value` as; by default its own.
+      dtype: to read the bytes of `value` as.
     """
-    dtype = np.dtype(value.dtype if dtype is None else dtype)
+    dtype = np.dtype(dtype)
     if (limit := NOT_FINITE.get(dtype)) is None or value.size == 0:
-        return
+        return True
     signed, unsigned, sign = INTEGERS[dtype.itemsize]
     flat = value.reshape(-1)
-    if flat.view(signed).max() >= limit or flat.view(unsigned).max() >= limit + sign:
+    return bool(flat.view(signed).max() < limit and flat.view(unsigned).max() < limit + sign)
+
+
+def check_finite(value: np.ndarray, where: str, dtype: npt.DTypeLike | None = None) -> None:
+    """Raise InputError, its message beginning with `where`, unless `is_finite`; `dtype` is by default the array's own."""
+    if not is_finite(value, value.dtype if dtype is None else dtype):
         raise InputError(f"{where}: holds a value that is not finite")
 
 
