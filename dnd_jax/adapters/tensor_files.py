@@ -5,7 +5,6 @@ Nothing is memory-mapped, because truncating a mapped file kills the process tha
 
 import concurrent.futures
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -59,38 +58,43 @@ class TensorFile:
         self._file.close()
 
     def read(self) -> dict[str, np.ndarray]:
-        """Return all tensors, as writable views of one buffer, in their dtypes.
+        """Return all tensors, in their dtypes, as writable views of buffers of about PIECE_BYTES.
 
         Raises:
           InputError: a value that isn't finite, or a file that has shrunk since it was opened.
         """
-        buffer = np.empty(max((end for *_, end in self._entries.values()), default=0), np.uint8)
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda piece: self._fill(buffer, *piece), self._pieces()))
+            read = {key: value for block in pool.map(self._read, self._blocks()) for key, value in block.items()}
+        return {key: read[key] for key in self._entries}
+
+    def _blocks(self) -> Iterator[list[str]]:
+        """Yield keys in order of the file, in blocks of one dtype and, but for the last tensor, of less than PIECE_BYTES."""
+        block: list[str] = []
+        for key in sorted(self._entries, key=lambda key: self._entries[key][2]):
+            if block and (self._entries[key][0] != self._entries[block[0]][0]
+                          or self._entries[key][2] - self._entries[block[0]][2] >= PIECE_BYTES):
+                yield block
+                block = []
+            block.append(key)
+        if block:
+            yield block
+
+    def _read(self, block: list[str]) -> dict[str, np.ndarray]:
+        """Read neighbours into one buffer, piece by piece, each checked while the processor's cache holds it."""
+        dtype, _, first, _ = self._entries[block[0]]
+        buffer, finite = np.empty(self._entries[block[-1]][3] - first, np.uint8), True
+        for begin in range(0, len(buffer), PIECE_BYTES):
+            piece = buffer[begin : begin + PIECE_BYTES]
+            if (found := os.preadv(self._file.fileno(), [piece.data], self._start + first + begin)) != len(piece):
+                raise InputError(f"{self.path}: {block[0]}: {found} bytes read, the header says {len(piece)}")
+            finite = finite and is_finite(piece, DTYPES[dtype])
         tensors = {}
-        for key, (dtype, shape, begin, end) in self._entries.items():
-            part = buffer[begin:end]
-            aligned = begin % ITEMSIZE[dtype] == 0
-            tensors[key] = (part if aligned else part.copy()).view(DTYPES[dtype]).reshape(shape)
+        for key in block:
+            _, shape, begin, end = self._entries[key]
+            tensors[key] = np.require(buffer[begin - first : end - first].view(DTYPES[dtype]).reshape(shape), requirements="A")
+            if not finite:
+                check_finite(tensors[key], f"{self.path}: {key}")
         return tensors
-
-    def _pieces(self) -> Iterator[tuple[str, int, int]]:
-        """Yield dtype and extent of pieces of at most PIECE_BYTES, each of one dtype, that together are the file's data."""
-        extents = sorted((begin, end, dtype) for dtype, _, begin, end in self._entries.values())
-        for dtype, run in itertools.groupby(extents, key=lambda extent: extent[2]):
-            tensors = list(run)
-            first, last = tensors[0][0], tensors[-1][1]
-            for begin in range(first, last, PIECE_BYTES):
-                yield dtype, begin, min(begin + PIECE_BYTES, last)
-
-    def _fill(self, buffer: np.ndarray, dtype: str, begin: int, end: int) -> None:
-        """Read one piece into the buffer and check its values while the processor's cache holds them."""
-        piece = buffer[begin:end]
-        if (found := os.preadv(self._file.fileno(), [piece.data], self._start + begin)) != end - begin:
-            raise InputError(f"{self.path}: {found} bytes read from byte {begin} on, the header says {end - begin}")
-        if not is_finite(piece, DTYPES[dtype]):
-            for key, (_, _, first, last) in self._entries.items():
-                check_finite(buffer[max(first, begin) : min(last, end)], f"{self.path}: {key}", DTYPES[dtype])
 
 
 def open_regular(path: pathlib.Path) -> io.FileIO:
