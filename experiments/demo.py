@@ -20,6 +20,7 @@ from dnd_jax import cli, files, report
 from experiments.configs import tenants
 
 ADAPTERS = tuple(f"dnd_jax/adapters/{name}.py" for name in ("spec", "keys", "tensor_files", "folder", "gauge"))
+SCORING = tuple(f"dnd_jax/scoring/{name}.py" for name in ("__init__", "model"))
 CODE = {
     "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),
     "collect": ("data_pipeline/collect.py", "data_pipeline/fine_tuning.py", "dnd_jax/tasks.py", "dnd_jax/sources.py",
@@ -29,7 +30,7 @@ CODE = {
     "train": ("dnd_jax/train.py", "dnd_jax/optimizers.py", "dnd_jax/decoder.py", "dnd_jax/losses.py", "dnd_jax/checkpoints.py",
               "dnd_jax/sharding.py", "dnd_jax/logs.py", "dnd_jax/guards.py", "dnd_jax/workdirs.py"),
     "generate": ("dnd_jax/generate.py", "dnd_jax/adapters/card.py"),
-    "evaluate": ("dnd_jax/evaluate.py", "dnd_jax/baselines.py", "dnd_jax/scoring.py", "dnd_jax/report.py",
+    "evaluate": ("dnd_jax/evaluate.py", "dnd_jax/baselines.py", *SCORING, "dnd_jax/report.py",
                  "dnd_jax/statistics.py", "dnd_jax/audit.py"),
 }
 
