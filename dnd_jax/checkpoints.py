@@ -4,6 +4,7 @@ A checkpoint holds the training state, its metrics, and `about`: config, layout,
 workdir around it is enough to generate.
 """
 
+import functools
 import json
 import logging
 import pathlib
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dnd_jax import files
+from dnd_jax import distributed, files
 from dnd_jax.types import InputError, Params
 
 
@@ -30,10 +31,13 @@ class Checkpointer:
         self._folder = pathlib.Path(folder).resolve()
         self._about = about
         self._pending: Any = None
+        distributed.by_first(self._set_faulty_aside)
+        self._checkpointer = self._open()
+
+    def _set_faulty_aside(self) -> None:
         for path in _steps(self._folder):
             if fault := _fault(path):
                 set_aside(path, fault)
-        self._checkpointer = self._open()
 
     def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
@@ -52,7 +56,7 @@ class Checkpointer:
             try:
                 return self._checkpointer.load(latest, abstract_state=like)
             except Exception as error:  # what damage raises, and where, is not documented
-                set_aside(self._folder / str(latest.step), str(error))
+                distributed.by_first(functools.partial(set_aside, self._folder / str(latest.step), str(error)))
                 self._checkpointer.close()
                 self._checkpointer = self._open()
         return None

@@ -24,13 +24,15 @@ class HyperConvDecoder(nn.Module):
       features: block shapes from the condition's (N, L, C) to the tokens' (T, H, W).
       kernel_size: taps k of every k x k convolution.
       length: L of the condition where that is longer than the first block's L and is to be shortened to it.
-      dtype: of activations and products; parameters stay float32.
+      dtype: of activations and products, whatever the parameters are kept in; norms are computed in float32.
+      remat: whether the backward pass computes each layer again, instead of keeping what is inside it.
     """
 
     features: Sequence[Shape3]
     kernel_size: int
     length: int | None = None
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @property
     def condition_shape(self) -> Shape3:
@@ -55,11 +57,12 @@ class HyperConvDecoder(nn.Module):
         x = jnp.asarray(condition, self.dtype)
         if self.length is not None:
             x = Shorten(self.features[0][1], self.dtype, name="shorten")(x)
+        layer = nn.remat(HyperConvLayer) if self.remat else HyperConvLayer
         steps = list(zip(self.features, self.features[1:], strict=False))
         for i, (source, target) in enumerate(steps):
             # A later norm takes a constant per prompt off again, wherever it is not the residual that carries it to the end.
             counts = all(s == t for s, t in steps[i + 1:])
-            y = HyperConvLayer(source, target, self.kernel_size, self.dtype, counts, name=f"layers_{i}")(x)
+            y = layer(source, target, self.kernel_size, self.dtype, counts, name=f"layers_{i}")(x)
             x = x + y if source == target else y
         return x
 

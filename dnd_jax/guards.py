@@ -6,17 +6,26 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+import jax
+from jax.experimental import multihost_utils
+
 
 @contextlib.contextmanager
-def until_terminated() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGTERM has come; it no longer ends the process while the block runs."""
+def until_terminated() -> Iterator[Callable[[int], bool]]:
+    """Yield a function that tells after a step whether SIGTERM has come; it no longer ends the process while the block runs.
+
+    Of several processes, one gets it first: JAX then agrees on a step after which all of them are told.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
-        yield lambda: bool(came)
+        yield lambda step: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
 

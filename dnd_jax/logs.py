@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, TextIO
 
 from dnd_jax import files
 from dnd_jax.types import InputError
@@ -13,10 +13,14 @@ NAME = "metrics.jsonl"
 class MetricsLog:
     """Appends to a run's log; when a run resumes, lines past the step it resumes from are dropped first.
 
-    `seconds` is the training time that the lines kept stand for.
+    `seconds` is the training time that the lines kept stand for. Of several processes, one writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, first: int):
+    def __init__(self, workdir: pathlib.Path, first: int, writes: bool = True):
+        self.seconds = 0.0
+        self._file: TextIO | None = None
+        if not writes:
+            return
         path = workdir / NAME
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= first] if path.exists() else []
         files.write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
@@ -25,14 +29,16 @@ class MetricsLog:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one line, at once."""
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

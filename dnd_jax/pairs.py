@@ -90,6 +90,14 @@ def draw_prompts(rng: np.random.Generator, available: int, count: int) -> np.nda
     return np.resize(order, count) if available < count else order[:count]
 
 
+def draw(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int) -> tuple[int, int, np.ndarray]:
+    """Return what sample `index` of the batch of a step is made of: numbers of a task, of a checkpoint and of its prompts."""
+    rng = np.random.default_rng((seed, step, index))
+    number = int(rng.integers(len(tasks)))
+    checkpoint = int(rng.integers(len(tasks[number].tokens)))
+    return number, checkpoint, draw_prompts(rng, len(tasks[number].condition), prompts)
+
+
 def sample(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int
            ) -> tuple[Float[np.ndarray, "N L C"], Float[np.ndarray, "T H W"], int]:
     """Return sample `index` of the batch of a step: condition, tokens and the number of its task.
@@ -97,16 +105,12 @@ def sample(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int
     One task, one of its checkpoints and a fresh batch of its prompts, drawn from `(seed, step, index)` alone, so that
     any host makes any sample of any step.
     """
-    rng = np.random.default_rng((seed, step, index))
-    number = int(rng.integers(len(tasks)))
-    task = tasks[number]
-    tokens = task.tokens[rng.integers(len(task.tokens))]
-    chosen = draw_prompts(rng, len(task.condition), prompts)
-    return task.condition[chosen], tokens, number
+    number, checkpoint, chosen = draw(tasks, seed, step, index, prompts)
+    return tasks[number].condition[chosen], tasks[number].tokens[checkpoint], number
 
 
-def batch(tasks: Sequence[Task], seed: int, step: int, size: int, prompts: int
+def batch(tasks: Sequence[Task], seed: int, step: int, rows: Sequence[int], prompts: int
           ) -> tuple[Float[np.ndarray, "B N L C"], Float[np.ndarray, "B T H W"], list[int]]:
-    """Return the samples of one step, stacked: conditions float16, tokens float32, task numbers."""
-    conditions, tokens, numbers = zip(*(sample(tasks, seed, step, i, prompts) for i in range(size)), strict=True)
+    """Return samples `rows` of one step, stacked: conditions float16, tokens float32, task numbers."""
+    conditions, tokens, numbers = zip(*(sample(tasks, seed, step, i, prompts) for i in rows), strict=True)
     return np.stack(conditions), np.stack(tokens), list(numbers)

@@ -1,7 +1,9 @@
 """The device mesh, and how parameters, optimizer state and batches lie on it.
 
 Axes: `data` holds copies of the parameters, `fsdp` parts of them by input channels, `tensor` parts by output channels; a
-batch is split over `data` and `fsdp`. What a rule can't divide evenly stays whole on that axis.
+batch is split over `data` and `fsdp`. What a rule can't divide evenly stays whole on that axis. Moments of an optimizer lie
+where their parameters lie; the row and column sums of a factored one, which are hundreds of times smaller, are whole
+everywhere.
 """
 
 import re
@@ -45,17 +47,47 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def of_state(mesh: Mesh, state: Any) -> Any:
-    """Return the sharding of every leaf of an (abstract) training state: a parameter's rule holds for its moments too.
+def of_params(mesh: Mesh, params: Any) -> Any:
+    """Return the sharding of every (abstract) parameter.
 
     Raises:
       InputError: a parameter that no rule covers.
     """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(mesh, _name(path), leaf.shape)), params)
+
+
+def of_state(mesh: Mesh, state: Any) -> Any:
+    """Return the sharding of every leaf of an (abstract) training state with `params` and `opt_state`.
+
+    Raises:
+      InputError: a parameter that no rule covers.
+    """
+    shapes = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return NamedSharding(mesh, _spec(mesh, name, leaf.shape)) if name else replicated(mesh)
+        name = _name(path)
+        return NamedSharding(mesh, _spec(mesh, name, leaf.shape)) if shapes.get(name) == leaf.shape else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def check_moments(state: Any) -> None:
+    """Check on the arrays themselves that every moment lies where its parameter lies.
+
+    Raises:
+      RuntimeError: one that doesn't, with both shardings.
+    """
+    params = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        param = params.get(_name(path))
+        if param is not None and leaf.shape == param.shape and not leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim):
+            raise RuntimeError(f"optimizer state {jax.tree_util.keystr(path)} lies as {leaf.sharding}, "
+                               f"its parameter as {param.sharding}")
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Return the path of the parameter that a leaf of the state belongs to, empty if it is no parameter's."""
+    return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
@@ -78,16 +110,39 @@ def over_batch(mesh: Mesh, size: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def put(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
-    """Place arrays of one batch on the devices."""
-    return [jax.device_put(a, over_batch(mesh, len(a))) for a in arrays]
+def local_rows(mesh: Mesh, size: int) -> list[int]:
+    """Return which examples of a batch of `size` this process's devices hold, in order."""
+    places = over_batch(mesh, size).addressable_devices_indices_map((size,))
+    return sorted({row for index in places.values() if index for row in range(size)[index[0]]})
+
+
+def put(mesh: Mesh, size: int, *arrays: np.ndarray) -> list[jax.Array]:
+    """Assemble a batch of `size` examples on the devices, from each process's `local_rows` of it."""
+    place = over_batch(mesh, size)
+    return [jax.make_array_from_process_local_data(place, a, (size, *a.shape[1:])) for a in arrays]
 
 
 def put_filled(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
-    """Place arrays of one batch on the devices, repeating examples from the first on until the devices divide them.
+    """Place one batch, whole in every process, repeating examples from the first on until the devices divide them.
 
     Never replicate a batch beside parameters in parts: on a 2 x 2 mesh XLA's partitioner (jax 0.10.2) then computes other
     convolutions.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    return put(mesh, *(np.resize(a, (-(-len(a) // parts) * parts, *a.shape[1:])) for a in arrays))
+    size = -(-len(arrays[0]) // parts) * parts
+    rows = [row % len(arrays[0]) for row in local_rows(mesh, size)]
+    return put(mesh, size, *(a[rows] for a in arrays))
+
+
+def microbatches(mesh: Mesh, count: int, *arrays: jax.Array) -> list[jax.Array]:
+    """Cut a batch `[B, ...]` inside jit into `[count, B / count, ...]`; every example stays on its device.
+
+    Raises:
+      InputError: a batch that doesn't divide into microbatches, or these over the devices.
+    """
+    size = len(arrays[0])
+    if size % count:
+        raise InputError(f"config.train: a batch of {size} does not divide into {count} microbatches")
+    place = NamedSharding(mesh, PartitionSpec(None, *over_batch(mesh, size // count).spec))
+    cut = [a.reshape(size // count, count, *a.shape[1:]).swapaxes(0, 1) for a in arrays]
+    return [jax.lax.with_sharding_constraint(a, place) for a in cut]

@@ -2,7 +2,8 @@
 
     python -m dnd_jax.train --config=experiments/configs/tenants.py --workdir=build/tenants/run
 
-The same command again resumes: every step's batch and noise are functions of the seed and the step alone.
+The same command again resumes: every step's batch and noise are functions of the seed and the step alone. Several
+processes run it as one (`distributed.py`).
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from dnd_jax import baselines, checkpoints, cli, files, guards, logs, optimizers, pairs, sharding, workdirs
+from dnd_jax import baselines, checkpoints, cli, distributed, files, guards, inputs, logs, optimizers, pairs, sharding, workdirs
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, token_loss
@@ -42,9 +43,10 @@ class State:
 
 
 def make_decoder(config: ml_collections.ConfigDict, store: pairs.Store) -> HyperConvDecoder:
-    """Return the decoder from a condition of the store to its weight tokens, by way of the config's blocks."""
+    """Return the decoder from a condition of the store to its weight tokens, as the config wants it trained."""
     length, width = store.tasks[0].condition.shape[1:]
-    return decoder_of(config, length, width, store.layout.shape)
+    decoder = decoder_of(config, length, width, store.layout.shape)
+    return decoder.clone(dtype=optimizers.dtype_of(config, "compute_dtype"), remat=config.train.remat)
 
 
 def decoder_of(config: ml_collections.ConfigDict, length: int, width: int, tokens: tuple[int, int, int]) -> HyperConvDecoder:
@@ -58,16 +60,17 @@ def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mes
                tasks: Sequence[pairs.Task] = ()) -> State:
     """Initialise the state on the mesh, jitted so that no device holds more than its part.
 
-    Given tasks, the first norm starts calibrated on their conditions.
+    Given tasks, the first norm starts calibrated on their conditions. Moments are float32 whatever the parameters are kept in.
     """
-    tx = optimizers.make_optimizer(config)
+    tx, dtype = optimizers.make_optimizer(config), optimizers.dtype_of(config, "param_dtype")
     calibrated = calibrate(tasks) if tasks else {}
 
     def init(rng: jax.Array) -> State:
         init_rng, rng = jax.random.split(rng)
         params = decoder.init(init_rng, jnp.zeros((1, *decoder.condition_shape)))["params"]
         params["layers_0"]["norm"] |= calibrated
-        return State(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
+        opt_state = tx.init(params)
+        return State(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: p.astype(dtype), params), opt_state, rng)
 
     key = jax.random.key(config.seed, impl="threefry2x32")
     return jax.jit(init, out_shardings=sharding.of_state(mesh, jax.eval_shape(init, key)))(key)
@@ -88,27 +91,45 @@ def calibrate(tasks: Sequence[pairs.Task]) -> dict[str, jax.Array]:
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def make_train_step(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mask: np.ndarray, importance: np.ndarray
-                    ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """Return `(state, condition [B,N,L,C], tokens [B,T,H,W]) -> (state, metrics)`, a pure function."""
-    tx = optimizers.make_optimizer(config)
+def make_train_step(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mesh: jax.sharding.Mesh, mask: np.ndarray,
+                    importance: np.ndarray) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """Return `(state, condition [B,N,L,C], tokens [B,T,H,W]) -> (state, metrics)`, a pure function.
+
+    Losses, gradients and updates are float32 for any `param_dtype` and `compute_dtype`. With `accumulate`, microbatches
+    follow each other; noise is drawn for the whole batch, so that their number changes no result but by rounding.
+    """
+    tx, dtype = optimizers.make_optimizer(config), optimizers.dtype_of(config, "param_dtype")
     t = config.train
+
+    def loss_fn(params: Params, condition: jax.Array, tokens: jax.Array) -> jax.Array:
+        predicted: jax.Array = decoder.apply({"params": params}, condition)  # type: ignore[assignment]
+        return token_loss(predicted, tokens, mask, importance).mean()
 
     def train_step(state: State, condition: jax.Array, tokens: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         condition_rng, token_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
-        noisy_condition = add_noise(condition_rng, condition.astype(jnp.float32), t.condition_noise)
+        noisy_condition = add_noise(condition_rng, condition.astype(jnp.float32), t.condition_noise).astype(decoder.dtype)
         noisy_tokens = add_noise(token_rng, tokens, t.token_noise)
-
-        def loss_fn(params: Params) -> jax.Array:
-            predicted: jax.Array = decoder.apply({"params": params}, noisy_condition)  # type: ignore[assignment]
-            return token_loss(predicted, noisy_tokens, mask, importance).mean()
-
-        loss, gradients = jax.value_and_grad(loss_fn)(state.params)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.rng)
-        return new, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        params = optimizers.in_float32(state.params)
+        loss, gradients = mean_gradient(loss_fn, params, mesh, t.accumulate, noisy_condition, noisy_tokens)
+        updates, opt_state = tx.update(gradients, state.opt_state, params)
+        params = optimizers.kept(jax.random.fold_in(token_rng, 0), optax.apply_updates(params, updates), dtype)
+        return State(state.step + 1, params, opt_state, state.rng), {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
     return train_step
+
+
+def mean_gradient(loss_fn: Callable[..., jax.Array], params: Params, mesh: jax.sharding.Mesh, count: int, *batch: jax.Array
+                  ) -> tuple[jax.Array, Params]:
+    """Return loss and gradient of a batch, the means over `count` microbatches computed one after another."""
+    if count == 1:
+        return jax.value_and_grad(loss_fn)(params, *batch)
+
+    def add(total: Any, part: Sequence[jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *part)), None
+
+    zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), sharding.of_params(mesh, params))
+    total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), sharding.microbatches(mesh, count, *batch))
+    return jax.tree.map(lambda x: x / count, total)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
@@ -128,7 +149,7 @@ def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigD
 def make_evaluate(decoder: HyperConvDecoder, mask: np.ndarray, importance: np.ndarray) -> Callable[..., jax.Array]:
     """Return `(params, condition [B,N,L,C], tokens [B,T,H,W]) -> losses [B]`, without noise."""
     def evaluate(params: Params, condition: jax.Array, tokens: jax.Array) -> jax.Array:
-        predicted: jax.Array = decoder.apply({"params": params}, condition.astype(jnp.float32))  # type: ignore[assignment]
+        predicted: jax.Array = decoder.apply({"params": params}, condition)  # type: ignore[assignment]
         return token_loss(predicted, tokens, mask, importance)
 
     return evaluate
@@ -147,7 +168,7 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     mesh = sharding.make_mesh(config.mesh)
     decoder = make_decoder(config, store)
     tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
-    evaluate = jax.jit(make_evaluate(decoder, mask, store.importance))
+    evaluate = jax.jit(make_evaluate(decoder, mask, store.importance), out_shardings=sharding.replicated(mesh))
     held_out = store.split("validation")
     validation = sharding.put_filled(mesh, *validation_batch(held_out, config)) if held_out else None
     examples = len(held_out) * t.validation_draws
@@ -158,27 +179,32 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder))
     state = checkpointer.restore(state) or state
-    train_step = jax.jit(make_train_step(config, decoder, mask, store.importance), donate_argnums=0,
+    sharding.check_moments(state)
+    train_step = jax.jit(make_train_step(config, decoder, mesh, mask, store.importance), donate_argnums=0,
                          out_shardings=(places, None))
     first = int(state.step)
-    bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0)
+    bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0,
+               disable=not distributed.is_first())
     began = time.perf_counter()
-    with (contextlib.closing(checkpointer), logs.MetricsLog(workdir, first) as metrics_log,
-          guards.until_terminated() as terminated):
-        for step in bar:
-            condition, tokens, numbers = pairs.batch(tasks, config.seed, step, t.batch_size, config.condition.prompts)
-            state, metrics = train_step(state, *sharding.put(mesh, condition, tokens))
+    read, before = inputs.make_read(config, tasks, mesh), None
+    with (contextlib.closing(checkpointer), logs.MetricsLog(workdir, first, distributed.is_first()) as metrics_log,
+          guards.until_terminated() as terminated, inputs.Prefetch(read, first, t.steps, t.prefetch) as batches):
+        for step, batch in zip(bar, batches, strict=False):
+            state, metrics = train_step(state, *batch)
+            jax.block_until_ready(before)  # two steps may be under way at a time: more would hold their batches on the device
+            before = metrics
             done = step + 1
-            stops = terminated()
+            stops = terminated(done)
             validates = done % t.validate_every == 0 or done == t.steps or stops
             if not (validates or done % t.log_every == 0):
                 continue
             entry = {k: float(v) for k, v in metrics.items()}
             if validates and validation is not None:
                 entry["validation_loss"] = float(np.asarray(evaluate(state.params, *validation))[:examples].mean())
-            guards.check_finite(entry, done, {tasks[n].name for n in numbers})
+            guards.check_finite(entry, done, inputs.names(config, tasks, step))
             seconds = time.perf_counter() - began
-            entry |= {"steps_per_s": (done - first) / seconds, "seconds": metrics_log.seconds + seconds}
+            entry |= {"input_wait_s": batches.wait_s, "steps_per_s": (done - first) / seconds,
+                      "seconds": metrics_log.seconds + seconds}
             metrics_log.append({"step": done} | entry)
             bar.set_postfix(loss=f"{entry['loss']:.4f}")
             if validates:
@@ -202,19 +228,29 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
 
 def define_flags() -> None:
     cli.define_config()
+    distributed.define_flags()
     cli.define_string("workdir", "Folder for checkpoints, config and metrics.")
 
 
 def main(args: Any) -> None:
-    config, workdir = args.config, pathlib.Path(args.workdir)
+    with distributed.joined(args):
+        run(args.config, pathlib.Path(args.workdir))
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Open the config's store, make the workdir this run's, and train."""
     store = pairs.open_store(config.export.store)
     if not store.split("train"):
         raise InputError(f"{config.export.store}: has no train task, training needs at least one")
     if not store.split("validation"):
         print(f"{config.export.store}: has no validation task, so the last checkpoint is the one that counts")
-    workdirs.claim(config, workdir)
-    if store.spec.carried:
-        files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
+
+    def claim() -> None:
+        workdirs.claim(config, workdir)
+        if store.spec.carried:
+            files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
+
+    distributed.by_first(claim)
     train(config, store, workdir)
 
 

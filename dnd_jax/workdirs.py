@@ -9,7 +9,8 @@ import ml_collections
 from dnd_jax import cli, files
 from dnd_jax.types import InputError
 
-FREE = frozenset({"train.log_every"})  # fields that change no parameter of a run; another value may resume it
+# fields that change no parameter of a run but by rounding; another value may resume it
+FREE = frozenset({"train.log_every", "train.prefetch", "mesh.data", "mesh.fsdp", "mesh.tensor"})
 
 
 def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -17,12 +17,12 @@ def store(tmp_path, rng):
 
 def test_samples_depend_on_seed_step_and_index_only(store):
     tasks = pairs.open_store(store).split("train")
-    whole = pairs.batch(tasks, 0, 7, 6, 4)
+    whole = pairs.batch(tasks, 0, 7, range(6), 4)
     again = pairs.sample(pairs.open_store(store).split("train"), 0, 7, 3, 4)
     np.testing.assert_array_equal(whole[0][3], again[0])
     np.testing.assert_array_equal(whole[1][3], again[1])
     assert whole[2][3] == again[2]
-    others = [pairs.batch(tasks, *place, 6, 4)[0] for place in ((1, 7), (0, 8))]
+    others = [pairs.batch(tasks, *place, range(6), 4)[0] for place in ((1, 7), (0, 8))]
     assert all(not np.array_equal(whole[0], other) for other in others)
 
 

@@ -80,8 +80,9 @@ def published(
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.train = {
         "steps": steps, "batch_size": batch_size, "learning_rate": 3e-5, "warmup_steps": 1, "weight_decay": 0.1, "clip_norm": 1.0,
-        "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": False, "log_every": 10, "validate_every": 100,
-        "validation_draws": 4,
+        "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": False,
+        "optimizer": "adamw", "param_dtype": "float32", "compute_dtype": "bfloat16", "accumulate": 1, "remat": False,
+        "prefetch": 4, "log_every": 10, "validate_every": 100, "validation_draws": 4,
     }
     config.evaluate = {
         "draws": 3, "batch_size": 32, "max_new_tokens": 256, "in_context_examples": 4, "ridge_draws": 8,

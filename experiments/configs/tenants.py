@@ -47,7 +47,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train = {
         "steps": 4 if smoke else 700, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 3.0,
         "clip_norm": 1.0, "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": True,
-        "log_every": 1 if smoke else 10, "validate_every": 2 if smoke else 50, "validation_draws": 4,
+        "optimizer": "adamw", "param_dtype": "float32", "compute_dtype": "float32", "accumulate": 1, "remat": False,
+        "prefetch": 2, "log_every": 1 if smoke else 10, "validate_every": 2 if smoke else 50, "validation_draws": 4,
     }
     config.evaluate = {
         "draws": 3, "batch_size": 64, "max_new_tokens": 4, "in_context_examples": 4, "ridge_draws": 8,
