@@ -19,7 +19,8 @@ from absl import flags
 from dnd_jax import cli, files, report
 from experiments.configs import tenants
 
-ADAPTERS = tuple(f"dnd_jax/adapters/{name}.py" for name in ("spec", "keys", "tensor_files", "folder", "gauge"))
+ADAPTERS = tuple(f"dnd_jax/adapters/{name}.py" for name in (
+    "spec", "patterns", "keys", "consistency", "tensor_files", "folder", "gauge"))
 SCORING = tuple(f"dnd_jax/scoring/{name}.py" for name in ("__init__", "model"))
 CODE = {
     "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),

@@ -130,6 +130,7 @@ def small_base(architecture: str, **changes):
     return {
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**sizes)),
         "tied": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**sizes, tie_word_embeddings=True)),
+        "classifier": lambda: t.Qwen2ForSequenceClassification(t.Qwen2Config(**sizes | {"pad_token_id": 0}, num_labels=3)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes)),
         "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**sizes, head_dim=4)),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, **experts, num_local_experts=3)),

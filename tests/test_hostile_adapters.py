@@ -87,6 +87,26 @@ def directory(folder):
     (folder / TENSORS).mkdir()
 
 
+def itself(name):
+    """Make a file a link to itself."""
+    return lambda folder: [(folder / name).unlink(), (folder / name).symlink_to(name)]
+
+
+def sparse(folder):
+    """Make a sound adapter of 128 GiB that takes no room on the disk."""
+    end = 1 << 37
+    raw = json.dumps({A: {"dtype": "F32", "shape": [2, end // 8], "data_offsets": [0, end]},
+                      B: {"dtype": "F32", "shape": [8, 2], "data_offsets": [end, end + 64]}}).encode()
+    with open(folder / TENSORS, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end + 64)
+
+
+def layers(count):
+    """Write another adapter, of so many layers."""
+    return lambda folder: write_adapter(folder, np.random.default_rng(0), layers=count)
+
+
 def many(count):
     one = {"dtype": "F32", "shape": [1, 1]}
     return {f"{MODULE}{i}.lora_A.weight": one | {"data_offsets": [4 * i, 4 * i + 4]} for i in range(count)}
@@ -122,6 +142,10 @@ CASES = {
     "header_too_deep": (TENSORS, "not JSON", header(b"[" * 200_000)),
     "hundred_thousand_tensors": (TENSORS, "100000 tensors", header(many(100_000), bytes(400_000))),
     "forty_thousand_tensors": (TENSORS, "missing", header(many(40_000), bytes(160_000))),
+    "millions_of_lists": (TENSORS, "10000002 values, at most", header(b'{"a":[' + b"[]," * 5_000_000 + b"1]}")),
+    "millions_of_notes": (TENSORS, "values, at most", header(
+        b'{"__metadata__":{' + b",".join(b'"%d":"1"' % i for i in range(1_000_000)) + b"}}")),
+    "too_large": (TENSORS, "bytes, at most 34359738368", sparse),
     "endless_name": (TENSORS, "a name of 1000000 characters", header({"x" * 1_000_000: ENTRY}, bytes(64))),
     "zero_size": (TENSORS, "is empty", header({A: ENTRY | {"shape": [0, 8], "data_offsets": [0, 0]}})),
     "unknown_dtype": (TENSORS, "malformed entry", entry(dtype="F13")),
@@ -142,6 +166,8 @@ CASES = {
     "infinity": (TENSORS, "not finite", put(B, np.full((8, 2), np.inf, np.float16))),
     "minus_infinity": (TENSORS, "not finite", put(B, np.full((8, 2), -np.inf, ml_dtypes.bfloat16))),
     "negative_nan": (TENSORS, "not finite", put(B, np.copysign(np.full((8, 2), np.nan), -1.0))),
+    "nan_of_8_bits": (TENSORS, "not finite", put(B, np.full((8, 2), np.nan, ml_dtypes.float8_e4m3fn))),
+    "integers": (TENSORS, "is of int32, expected floating", put(B, np.ones((8, 2), np.int32))),
     # keys and shapes
     "missing_a": (TENSORS, "lora_A.weight is missing, its partner", drop(A)),
     "missing_b": (TENSORS, "lora_B.weight is missing, its partner", drop(B)),
@@ -150,12 +176,18 @@ CASES = {
     "extra_tensor": (TENSORS, "nothing in the config explains", put("base_model.model.model.extra", ONES)),
     "extra_module": (TENSORS, "not a target", both(
         put(A.replace("q_proj", "k_proj"), ONES.T), put(B.replace("q_proj", "k_proj"), ONES))),
-    "wrong_prefix": (TENSORS, "expected dotted names", put(A.removeprefix("base_model."), ONES)),
-    "slash_in_key": (TENSORS, "expected dotted names", put("base_model.model.../../etc/passwd.lora_A.weight", ONES)),
-    "empty_name_in_key": (TENSORS, "expected dotted names", put("base_model.model..q_proj.lora_A.weight", ONES)),
+    "wrong_prefix": (TENSORS, "dotted names, after", put(A.removeprefix("base_model."), ONES)),
+    "slash_in_key": (TENSORS, "dotted names, after", put("base_model.model.../../etc/passwd.lora_A.weight", ONES)),
+    "empty_name_in_key": (TENSORS, "dotted names, after", put("base_model.model..q_proj.lora_A.weight", ONES)),
     "matrix_in_matrix": (TENSORS, "inside a matrix", both(
         put(f"{MODULE}.lora_A.q_proj.lora_A.weight", ONES.T), put(f"{MODULE}.lora_A.q_proj.lora_B.weight", ONES))),
     "wrong_rank": (TENSORS, "of rank 3, the config says 2", put(B, np.ones((8, 3), np.float32))),
+    "another_width": (TENSORS, "another width than", put(A, np.ones((2, 9), np.float32))),
+    "excluded": (TENSORS, "v_proj: excluded, exclude_modules is", config(exclude_modules=["v_proj"])),
+    "another_layer": (TENSORS, "of layer 1, layers_to_transform is [0]", config(layers_to_transform=[0])),
+    "missing_pair_of_chosen_layers": (TENSORS, "q_proj.lora_A.weight is missing, other layers", both(
+        drop(A, B), config(layers_to_transform=[0, 1], exclude_modules=["k_proj"]))),
+    "too_deep": (TENSORS, "up to 24 dotted names", put("base_model.model." + "x." * 30 + "lora_A.weight", ONES)),
     "one_axis": (TENSORS, "expected two matrices", put(A, np.ones(16, np.float32))),
     "magnitude_without_dora": (TENSORS, "use_dora is not set", put(f"{MODULE}.lora_magnitude_vector", ONES[:, 0])),
     "dora_without_magnitude": (TENSORS, "lora_magnitude_vector is missing", config(use_dora=True)),
@@ -171,8 +203,9 @@ CASES = {
     "config_missing": (CONFIG, "No such file", lambda folder: (folder / CONFIG).unlink()),
     "config_not_json": (CONFIG, "not JSON", config(b"{'r': 2}")),
     "config_not_utf8": (CONFIG, "not JSON", config(b'{"r": "\xff"}')),
-    "config_too_deep": (CONFIG, "not JSON", config(b"[" * 500_000)),
+    "config_too_deep": (CONFIG, "not JSON", config(b"[" * 50_000)),
     "config_too_long": (CONFIG, "more than 4194304 bytes", config(b" " * 5_000_000)),
+    "config_of_many_lists": (CONFIG, "values, at most 100000", config(b'{"a":[' + b"[]," * 1_300_000 + b"1]}")),
     "config_long_number": (CONFIG, "not JSON", config(b'{"r": ' + b"9" * 100_000 + b"}")),
     "config_a_list": (CONFIG, "peft_type is '[]'", config(b"[]")),
     "config_keys_twice": (CONFIG, "'r' occurs twice", config(b'{"peft_type": "LORA", "r": 2, "r": 4}')),
@@ -188,6 +221,13 @@ CASES = {
     "pattern_malformed": (TENSORS, "pattern", config(rank_pattern={"(": 2})),
     "pattern_takes_for_ever": (TENSORS, "timed out", config(rank_pattern={"((\\w|.|[a-z])+\\.?)*\\W\\W": 2})),
     "target_takes_for_ever": (TENSORS, "timed out", config(target_modules="((\\w|.|[a-z])+\\.?)*\\W\\W")),
+    "many_patterns": (TENSORS, "timed out, 90000 patterns", config(rank_pattern={f"a{i}": 2 for i in range(90_000)})),
+    "pattern_of_many_names": (TENSORS, "patterns of 60000 characters", config(target_modules="(a|b)*" * 10_000)),
+    "patterns_that_take_for_ever_together": (TENSORS, "timed out", both(layers(300), config(
+        rank_pattern={f"(\\w*\\.?)*{i}y": 2 for i in range(300)}))),
+    "alpha_huge": (CONFIG, "a number of ordinary size", config(lora_alpha=10**400)),
+    "saved_modules_without_name": (CONFIG, "modules_to_save is ['']", config(modules_to_save=[""])),
+    "layers_as_text": (CONFIG, "layers_to_transform is '1'", config(layers_to_transform="1")),
     # the folder
     "tensors_missing": (TENSORS, "No such file", lambda folder: (folder / TENSORS).unlink()),
     "pickle": ("adapter_model.bin", "never loaded", pickled),
@@ -195,6 +235,8 @@ CASES = {
     "tensors_a_pipe": (TENSORS, "not a regular file", pipe),
     "tensors_linked_outside": (TENSORS, "outside the folder", moved_out(TENSORS, None)),
     "config_linked_outside": (CONFIG, "outside the folder", moved_out(CONFIG, "../outside")),
+    "config_links_to_itself": (CONFIG, "Symlink loop|symbolic links", itself(CONFIG)),
+    "tensors_link_to_themselves": (TENSORS, "Symlink loop|symbolic links", itself(TENSORS)),
     "link_to_nowhere": (TENSORS, "outside the folder", lambda folder: [
         (folder / TENSORS).unlink(), (folder / TENSORS).symlink_to("../../nowhere")]),
 }
@@ -212,11 +254,14 @@ def test_broken_adapter_is_refused(tmp_path, rng, name):
     write_adapter(tmp_path / "adapter", rng)
     adapters.read(tmp_path / "adapter")
     change(tmp_path / "adapter")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, began = peak_mb(), time.process_time()
-    with pytest.raises(ValueError, match=message.replace("[", r"\[")) as error:
-        adapters.read(tmp_path / "adapter")
-    seconds, grown = time.process_time() - began, peak_mb() - before
+    for _ in range(3):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before, began = peak_mb(), time.process_time()
+        with pytest.raises(ValueError, match=message.replace("[", r"\[")) as error:
+            adapters.read(tmp_path / "adapter")
+        seconds, grown = time.process_time() - began, peak_mb() - before
+        if seconds < 1:  # else the machine may have been busy: once more
+            break
     assert isinstance(error.value, adapters.InputError)
     assert str(tmp_path / "adapter" / file) in str(error.value) and len(str(error.value)) < 1000
     assert seconds < 1 and grown < 200, f"{seconds:.2f} s, {grown:.0f} MB"

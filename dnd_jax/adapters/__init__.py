@@ -1,7 +1,9 @@
 """PEFT LoRA folders <-> trees of matrices, without torch. `python -m dnd_jax.adapters check DIR` explains one.
 
     spec.py          what an adapter is besides its matrices, and what its config says of a module
-    keys.py          what each tensor of the file is, and which are missing, extra or of a wrong shape
+    patterns.py      the patterns in a config: what they match, in a bounded time
+    keys.py          what each tensor of the file is, and which are extra
+    consistency.py   which tensors are missing or of a wrong shape
     tensor_files.py  safetensors files, read with suspicion
     folder.py        read and write
     gauge.py         the same product B A by other matrices

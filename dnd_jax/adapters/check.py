@@ -30,7 +30,12 @@ def explain(folder: files.PathLike) -> str:
     if not profiles.beyond_lora(spec) and "would not" in lines["vLLM"] + lines["SGLang"]:
         lines["way out"] = "the portable profile of the same adapter, which both take"
     width = max(map(len, lines))
-    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines.items())
+    return "\n".join(f"{name.ljust(width)}  {_printable(text)}" for name, text in lines.items())
+
+
+def _printable(text: str) -> str:
+    """Return text without what could steer a terminal: names are a stranger's."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def _adapter(tree: Tree, spec: Spec) -> str:

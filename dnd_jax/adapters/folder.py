@@ -21,11 +21,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dnd_jax import files
 from dnd_jax.adapters import keys
 from dnd_jax.adapters.spec import PREFIX, Leaf, Spec, check_config, key_of
-from dnd_jax.adapters.tensor_files import TensorFile, check_finite, open_regular, unique
+from dnd_jax.adapters.tensor_files import TensorFile, check_finite, check_values, open_regular, unique
 from dnd_jax.types import InputError, Tree
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MAX_CONFIG_BYTES = 4 * 2**20
+MAX_CONFIG_VALUES = 100_000
 
 
 def read(folder: files.PathLike) -> tuple[Tree, Spec]:
@@ -52,6 +53,8 @@ def read(folder: files.PathLike) -> tuple[Tree, Spec]:
         tensors = file.read()
     flat, carried = {}, {}
     for key, value in tensors.items():
+        if kinds[key] == keys.MATRIX and value.dtype.kind in "biu":
+            raise InputError(f"{path}: {key} is of {value.dtype.name}, expected floating point numbers")
         if kinds[key] == keys.MATRIX and value.ndim == 2:
             flat[key.removeprefix(PREFIX).removesuffix(".weight").replace(".", "/")] = value
         else:
@@ -67,6 +70,7 @@ def read_config(folder: files.PathLike) -> dict[str, Any]:
         text = file.read(MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
         raise InputError(f"{path}: more than {MAX_CONFIG_BYTES} bytes")
+    check_values(text, MAX_CONFIG_VALUES, str(path))
     try:
         config = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -145,7 +149,10 @@ def _write_files(folder: pathlib.Path, tensors: dict[str, np.ndarray], spec: Spe
 
 def _check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Raise InputError at a link that leaves the folder, except to the blobs of the hub cache that the folder lies in."""
-    real, home = path.resolve(), folder.resolve()
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # the latter at links in a circle
+        raise InputError(f"{path}: {error}") from error
     allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(real.is_relative_to(place) for place in allowed):
         raise InputError(f"{path}: links to {real}, outside the folder")

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import regex
 
+from dnd_jax.adapters import patterns
 from dnd_jax.types import InputError
 
 PREFIX = "base_model.model."
-REGEX_SECONDS = 0.4  # a stranger's pattern may take exponential time
+MAX_NAMES = 100
+MAX_RANK = 1 << 20
+LARGEST = 1e30  # of a scale in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,44 +66,25 @@ def key_of(path: str) -> str:
 
 def rank_of(module: str, config: Mapping[str, Any]) -> int:
     """Return the rank that PEFT gives to a module (dotted name), by `rank_pattern` and then `r`."""
-    return _by_pattern(module, config.get("rank_pattern"), config["r"])
+    return patterns.value_of(config.get("rank_pattern"), module, config["r"])
 
 
 def scale_of(module: str, config: Mapping[str, Any]) -> float:
     """Return what PEFT multiplies B A by: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     rank = rank_of(module, config)
-    alpha = _by_pattern(module, config.get("alpha_pattern"), config["lora_alpha"])
+    alpha = patterns.value_of(config.get("alpha_pattern"), module, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _by_pattern(module: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if matches(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Return whether the whole name matches a pattern from a config.
-
-    Raises:
-      InputError: not a regular expression, or one that takes longer than `REGEX_SECONDS`.
-    """
-    try:
-        return regex.fullmatch(pattern, name, timeout=REGEX_SECONDS) is not None
-    except (regex.error, TimeoutError) as error:
-        raise InputError(f"pattern {pattern[:80]!r}: {error or 'takes too long'}") from error
 
 
 # --- what a config must be -----------------------------------------------------------------------------------------------
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MAX_RANK
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def _is_table(value: Any, of: Callable[[Any], bool]) -> bool:
@@ -109,7 +92,15 @@ def _is_table(value: Any, of: Callable[[Any], bool]) -> bool:
 
 
 def _are_names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) and name for name in value))
+
+
+def _are_few_names(value: Any) -> bool:
+    return _are_names(value) and len(value or ()) <= MAX_NAMES
+
+
+def _are_layers(value: Any) -> bool:
+    return value is None or type(value) is int or (isinstance(value, list) and all(type(layer) is int for layer in value))
 
 
 def _are_names_or_pattern(value: Any) -> bool:
@@ -117,12 +108,15 @@ def _are_names_or_pattern(value: Any) -> bool:
 
 
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, "a positive integer"), "lora_alpha": (_is_number, "a number"),
+    "r": (_is_rank, f"a positive integer up to {MAX_RANK}"), "lora_alpha": (_is_number, "a number of ordinary size"),
     "rank_pattern": (lambda value: _is_table(value, _is_rank), "an object of positive integers"),
     "alpha_pattern": (lambda value: _is_table(value, _is_number), "an object of numbers"),
     "target_modules": (_are_names_or_pattern, "names or a pattern"),
     "exclude_modules": (_are_names_or_pattern, "names or a pattern"),
-    "modules_to_save": (_are_names, "a list of names"), "target_parameters": (_are_names, "a list of names"),
+    "modules_to_save": (_are_few_names, f"a list of names, at most {MAX_NAMES}"),
+    "target_parameters": (_are_few_names, f"a list of names, at most {MAX_NAMES}"),
+    "layers_to_transform": (_are_layers, "a layer's number or a list of them"),
+    "layers_pattern": (_are_names_or_pattern, "names or a pattern"),
 }
 
 

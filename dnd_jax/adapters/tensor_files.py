@@ -23,14 +23,17 @@ MAX_TENSORS = 40_000  # 128 experts x 3 matrices x 48 layers x (A, B) are 36,864
 MAX_NAME = 500
 PIECE_BYTES = 2**20  # stays in a core's cache between being read and being checked
 THREADS = 2
+MAX_VALUES = 12 * MAX_TENSORS  # in a header: ten for each tensor, and what people note in the metadata
+MAX_BYTES = 32 * 2**30
 DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E4M3": ml_dtypes.float8_e4m3fn,
           "I16": np.int16, "U16": np.uint16, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32,
           "F32": np.float32, "F64": np.float64, "I64": np.int64, "U64": np.uint64}
 ITEMSIZE = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
 # All exponent bits set: the smallest pattern, sign apart, that is infinite or not a number.
-NOT_FINITE = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float32): 0x7F800000,
-              np.dtype(np.float64): 0x7FF0000000000000}
-INTEGERS = {2: (np.int16, np.uint16, 1 << 15), 4: (np.int32, np.uint32, 1 << 31), 8: (np.int64, np.uint64, 1 << 63)}
+NOT_FINITE = {np.dtype(ml_dtypes.float8_e5m2): 0x7C, np.dtype(ml_dtypes.float8_e4m3fn): 0x7F, np.dtype(np.float16): 0x7C00,
+              np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float32): 0x7F800000, np.dtype(np.float64): 0x7FF0000000000000}
+INTEGERS = {1: (np.int8, np.uint8, 1 << 7), 2: (np.int16, np.uint16, 1 << 15), 4: (np.int32, np.uint32, 1 << 31),
+            8: (np.int64, np.uint64, 1 << 63)}
 
 Extent = tuple[str, tuple[int, ...], int, int]
 
@@ -110,7 +113,7 @@ def open_regular(path: pathlib.Path) -> io.FileIO:
 
 
 def is_finite(value: np.ndarray, dtype: npt.DTypeLike) -> bool:
-    """Return whether no value is infinite or not a number; integers and 8-bit floats count as finite.
+    """Return whether no value is infinite or not a number; integers count as finite.
 
     Compares bit patterns, which takes two passes and no memory: as signed integers for the positive ones, as unsigned
     ones, where the sign bit makes them the largest, for the negative.
@@ -133,6 +136,12 @@ def check_finite(value: np.ndarray, where: str, dtype: npt.DTypeLike | None = No
         raise InputError(f"{where}: holds a value that is not finite")
 
 
+def check_values(text: bytes, limit: int, where: str) -> None:
+    """Raise InputError at JSON text of more values than a limit: parsed, an empty list takes 20 times its room."""
+    if (count := sum(map(text.count, (b",", b"[", b"{")))) > limit:
+        raise InputError(f"{where}: {count} values, at most {limit}")
+
+
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON pairs; raise ValueError at a key that occurs twice (for `object_pairs_hook`)."""
     found = dict(pairs)
@@ -148,9 +157,12 @@ def _read_header(path: pathlib.Path, file: io.FileIO) -> tuple[int, dict[str, Ex
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or length > min(size - 8, MAX_HEADER_BYTES):
         raise InputError(f"{path}: header of {length} bytes in a file of {size}, at most {MAX_HEADER_BYTES}")
+    if size > MAX_BYTES:
+        raise InputError(f"{path}: {size} bytes, at most {MAX_BYTES}")
     text = file.read(length)
     if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:
         raise InputError(f"{path}: {count} tensors, at most {MAX_TENSORS}")
+    check_values(text, MAX_VALUES, f"{path}: header")
     try:
         header = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
