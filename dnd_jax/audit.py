@@ -39,7 +39,7 @@ def audit(test: Mapping[str, Sequence[Row]], trained: Mapping[str, Sequence[Row]
 
 def _facts(rows: Sequence[Row]) -> dict[str, Any]:
     """Return rows, distinct responses, and of sets of choice the majority's share and chance."""
-    labels = Counter(row.response for row in rows if row.response.strip())
+    labels = Counter(label for row in rows if (label := row.response.strip()))
     facts: dict[str, Any] = {"rows": len(rows), "labels": len(labels)}
     if 0 < len(labels) <= FEW_LABELS:
         facts |= {"majority": max(labels.values()) / labels.total(), "chance": 1 / len(labels),

@@ -5,6 +5,7 @@ batch, because every batch has the same shape.
 """
 
 import abc
+import inspect
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,11 @@ def make(settings: Mapping[str, Any]) -> Encoder:
     kind = options.pop("kind", "sentence")
     if kind not in KINDS:
         raise InputError(f"config.encoder.kind is {kind!r}, expected one of {sorted(KINDS)}")
+    known = inspect.signature(KINDS[kind]).parameters
+    missing = [name for name, field in known.items() if field.default is field.empty and name not in options]
+    if missing or (unknown := sorted(options.keys() - known)):
+        raise InputError(f"config.encoder: {f'{missing} are missing' if missing else f'{unknown} are unknown'} "
+                         f"for kind {kind!r}, which takes {', '.join(known)}")
     return KINDS[kind](**options)
 
 
@@ -107,7 +113,7 @@ class SentenceEncoder(_Transformer):
 
         model = SentenceTransformer(name, device="cpu")
         first: Any = model[0]
-        self._window = first.auto_model.config.max_position_embeddings
+        self._window = _positions(first.auto_model)
         if self.length > self._window and self.length % self._window:
             raise InputError(f"encoder {name}: length is {self.length}, expected at most {self._window} or a multiple of it")
         self.batch_size = max(1, self.batch_size // -(-self.length // self._window))  # as many windows at once as prompts
@@ -121,6 +127,14 @@ class SentenceEncoder(_Transformer):
         batch, windows = len(ids), self.length // self._window
         ids, mask = (x.reshape(batch * windows, self._window) for x in (ids, mask))
         return super()._hidden(ids, mask).reshape(batch, self.length, -1)
+
+
+def _positions(model: Any) -> int:
+    """Return how many tokens a model has positions for; RoBERTa's kind leaves the first ones of its table unused."""
+    table = getattr(model.embeddings, "position_embeddings", None)
+    if table is None or table.padding_idx is None:
+        return model.config.max_position_embeddings
+    return table.num_embeddings - table.padding_idx - 1
 
 
 class T5Encoder(_Transformer):

@@ -94,27 +94,38 @@ def params_to_torch(params: Params) -> dict[str, np.ndarray]:
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
-# Run in a process of its own: a stranger's file may crash the reader, but not run code, since weights_only refuses that.
+# Run in a process of its own: a stranger's file may crash the reader or ask for any amount of memory, but not run code, since
+# weights_only refuses that. A view of one number can claim to be terabytes, and becomes so when it is copied.
 READ = """
-import sys, torch
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[3]),) * 2)
+import torch
 from safetensors.torch import save_file
 state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
 for key in ("state_dict", "model_state_dict"):
-    state = state.get(key, state)
-save_file({k: v.float().contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}, sys.argv[2])
+    state = state.get(key, state) if isinstance(state, dict) else state
+if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+    sys.exit(f"holds a {type(state).__name__}, expected a state dict: names and tensors")
+tensors = {k: v.to(torch.float32, copy=True).contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}
+if not tensors:
+    sys.exit("holds no tensors, expected a state dict")
+save_file(tensors, sys.argv[2])
 """
 WRITE = """
 import sys, torch
 from safetensors.torch import load_file
 torch.save(load_file(sys.argv[1]), sys.argv[2])
 """
+READER_BYTES = 4 * 10**9  # of memory, beside three copies of the file: in its dtype, in float32, and in between
+READER_SECONDS = 1800
 
 
 def read_state(path: files.PathLike, max_bytes: int) -> dict[str, np.ndarray]:
     """Read a PyTorch state dict as float32 arrays.
 
     Raises:
-      InputError: a missing file, one above `max_bytes`, one that is no state dict or holds anything but tensors.
+      InputError: a missing file, one above `max_bytes`, one that is no state dict or holds anything but tensors, or that
+        takes far more memory than its size.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -123,9 +134,12 @@ def read_state(path: files.PathLike, max_bytes: int) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: {size} bytes, at most {max_bytes}")
     with tempfile.TemporaryDirectory() as folder:
         converted = f"{folder}/state.safetensors"
-        _run(READ, path, converted)
-        with TensorFile(converted) as file:
-            return file.read()
+        _run(READ, path, converted, str(READER_BYTES + 3 * size))
+        try:
+            with TensorFile(converted) as file:
+                return file.read()
+        except InputError as error:
+            raise InputError(str(error).replace(converted, str(path))) from error
 
 
 def write_state(path: files.PathLike, state: Mapping[str, np.ndarray]) -> None:
@@ -136,10 +150,17 @@ def write_state(path: files.PathLike, state: Mapping[str, np.ndarray]) -> None:
         files.copy(f"{folder}/state.pth", path)
 
 
-def _run(code: str, source: files.PathLike, target: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code, str(source), target], capture_output=True, text=True)
+def _run(code: str, source: files.PathLike, *words: str) -> None:
+    command = [sys.executable, "-c", code, str(source), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=READER_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"{source}: PyTorch takes longer than {READER_SECONDS} seconds") from error
     if done.returncode:
-        raise InputError(f"{source}: {(done.stderr.strip().splitlines() or ['the reader crashed'])[-1][:300]}")
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        fault = next((line for line in reversed(said) if re.match(r"[\w.]*(Error|Exception)\b", line)), "")
+        raise InputError(f"{source}: PyTorch doesn't take it as a state dict: {fault[:300]}" if fault else
+                         f"{source}: {(said or [f'the reader ended with status {done.returncode}'])[-1][:300]}")
 
 
 def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.ndarray], workdir: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ def test_sound_data_has_no_findings():
 
 
 def test_one_label_overlap_and_duplicate_are_named():
-    rows = [Row("p", "A"), Row("q", "A")]
+    rows = [Row("p", "A"), Row("q", "A\n")]
     findings = audit({"piqa": rows, "copy": list(rows)}, {"train": [Row("q", "B")]})["findings"]
     assert any("piqa: every one of 2 responses is 'A'" in f for f in findings)
     assert any("piqa: 1 of 2 prompts occur in training, first 'q' in train" in f for f in findings)

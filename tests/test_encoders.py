@@ -28,6 +28,11 @@ def folders(tmp_path_factory):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     t.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}).save_pretrained(root / "bert")
     SentenceTransformer(modules=[Transformer(str(root / "bert")), Pooling(16, "mean")]).save(str(root / "sentence"))
+    roberta = t.RobertaModel(t.RobertaConfig(vocab_size=5 + len(WORDS), hidden_size=16, num_hidden_layers=1,
+                                             num_attention_heads=2, intermediate_size=24, max_position_embeddings=10, pad_token_id=1))
+    roberta.save_pretrained(root / "roberta")
+    t.BertTokenizer(vocab={piece: i for i, piece in enumerate(["[UNK]", "[PAD]", *pieces[2:]])}).save_pretrained(root / "roberta")
+    SentenceTransformer(modules=[Transformer(str(root / "roberta")), Pooling(16, "mean")]).save(str(root / "roberta-sentence"))
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2} | {w: i + 3 for i, w in enumerate(WORDS)}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -45,13 +50,14 @@ def settings(folders):
     return {
         "sentence": {"name": str(folders / "sentence"), "length": 8},
         "windows": {"name": str(folders / "sentence"), "length": 24},
+        "roberta": {"name": str(folders / "roberta-sentence"), "length": 16},  # two windows: of ten positions two are unused
         "t5": {"kind": "t5", "name": str(folders / "t5"), "length": 10},
         "causal_lm": {"kind": "causal_lm", "name": str(folders / "gpt"), "length": 10, "layer": 1},
         "glove": {"kind": "glove", "name": str(folders / "glove.txt"), "length": 10},
     }
 
 
-@pytest.mark.parametrize("name", ["sentence", "windows", "t5", "causal_lm", "glove"])
+@pytest.mark.parametrize("name", ["sentence", "windows", "roberta", "t5", "causal_lm", "glove"])
 def test_a_prompt_has_one_condition_whatever_its_batch(folders, name):
     chosen = settings(folders)[name]
     encoder = encoders.make(chosen)
@@ -117,7 +123,9 @@ def test_glove_knows_padding_and_unknown_words(folders):
 
 @pytest.mark.parametrize("change,message", [
     ({"length": 12}, "length is 12, expected at most 8 or a multiple"), ({"kind": "word2vec"}, "'word2vec', expected one of"),
-    ({"name": "nowhere/at/all"}, "nowhere/at/all"), ({"kind": "causal_lm", "layer": 3}, "layer is 3, the model has 3"),
+    ({"name": "nowhere/at/all"}, "nowhere/at/all"), ({"lenght": 8}, r"\['lenght'\] are unknown for kind 'sentence'"),
+    ({"kind": "glove", "pooled": True}, r"\['pooled'\] are unknown for kind 'glove', which takes name, length"),
+    ({"kind": "causal_lm", "layer": 3}, "layer is 3, the model has 3"),
     ({"kind": "glove", "name": "nowhere.txt"}, "nowhere.txt"),
 ])
 def test_bad_settings_are_named(folders, change, message):

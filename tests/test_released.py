@@ -1,6 +1,8 @@
 """A released decoder becomes a workdir that generates, and goes back; files that aren't one are refused."""
 
+import concurrent.futures
 import pickle
+import re
 
 import jax
 import numpy as np
@@ -81,14 +83,29 @@ class Bomb:
         return open, ("ran", "w")
 
 
-@pytest.mark.parametrize("content,limit,message", [
-    (None, 100, "No such file"), (b"x" * 200, 100, "200 bytes, at most 100"), (b"not a checkpoint", 100, "file.pth: "),
-    (pickle.dumps(Bomb()), 1000, "file.pth: "),
-])
-def test_files_that_are_no_state_dict_are_refused(tmp_path, monkeypatch, content, limit, message):
+def test_files_that_are_no_state_dict_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if content is not None:
-        (tmp_path / "file.pth").write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        released.read_state(tmp_path / "file.pth", limit)
+    one = torch.ones(1)
+    cases = {
+        "large": (b"x" * 200, "200 bytes, at most 100"), "list": ([one], "holds a list, expected a state dict"),
+        "bomb": (pickle.dumps(Bomb()), "doesn't take it as a state dict: .*Weights only"),
+        "nan": ({"a": one * torch.nan}, r"nan\.pth: a: holds a value"),
+        "terabytes": ({"a": one.expand(10**12)}, "can't allocate memory"),
+    }
+
+    def refused(case):
+        name, (content, _) = case
+        if isinstance(content, bytes):
+            (tmp_path / f"{name}.pth").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(InputError) as error:
+            released.read_state(tmp_path / f"{name}.pth", 100 if name == "large" else 10**6)
+        return str(error.value)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # each starts a process
+        for (name, (_, message)), text in zip(cases.items(), pool.map(refused, cases.items()), strict=True):
+            assert f"{name}.pth: " in text and re.search(message, text), text
+    with pytest.raises(InputError, match=r"nowhere\.pth: No such file"):
+        released.read_state("nowhere.pth", 100)
     assert not (tmp_path / "ran").exists()

@@ -127,11 +127,11 @@ def check_widths(modules: Iterable[str], shapes: Shapes) -> None:
 def check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:
     """Raise InputError where a block of one layer lacks a module that the same block has in another layer.
 
-    Only where the config names modules without exceptions; layers whose blocks have no module in common are of two sorts.
+    Only where the config names modules by their last names; layers whose blocks have no module in common are of two sorts.
     """
     targets = config.get("target_modules")
-    names = [*targets, *(config.get("exclude_modules") or ())] if isinstance(targets, list) else ["."]
-    if any("." in name for name in names) or config.get("target_parameters") or config.get("layer_replication"):
+    listed = [*targets, *(config.get("exclude_modules") or ())] if isinstance(targets, list) else ["."]
+    if any("." in name for name in listed) or config.get("target_parameters") or config.get("layer_replication"):
         return
     blocks: dict[str, dict[str, set[str]]] = collections.defaultdict(lambda: collections.defaultdict(set))
     for module in modules:
