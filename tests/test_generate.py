@@ -85,7 +85,8 @@ def test_an_adapter_that_is_not_finite_or_not_written_costs_no_other(prompt_file
 
     monkeypatch.setattr(generate.Generator, "__call__", broken)
     monkeypatch.setattr(adapters, "write_addressed", full)
-    said = rf"2 of 4 prompt files gave no adapter: {names[0]}: checkpoint \d generates \d+ non-finite values; {names[2]}: .* No space"
+    said = (rf"2 of 4 prompt files gave no adapter: {names[0]}: checkpoint \d generates \d+ non-finite values; "
+            rf"{names[2]}: .* No space")
     with pytest.raises(InputError, match=said):
         run(names, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_symlink()) == ["b", "last"]
