@@ -1,11 +1,16 @@
-"""The log of a training run: `metrics.jsonl`, one JSON object per logged step."""
+"""The log of a training run: `metrics.jsonl`, one JSON object per logged step; and the logs of many runs as one table."""
 
+import glob
 import json
 import pathlib
-from typing import Any, TextIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dnd_jax import files
 from dnd_jax.types import InputError
+
+if TYPE_CHECKING:
+    import pandas
 
 NAME = "metrics.jsonl"
 
@@ -53,3 +58,91 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
+
+
+# --- many runs -------------------------------------------------------------------------------------------------------
+
+
+def load_runs(pattern: str) -> "pandas.DataFrame":
+    """Read the logs, checkpoints' metrics and configs of all training runs into one table. Imports pandas lazily.
+
+    One row per run and step that its log or a checkpoint knows, in the order of runs' names and of steps; a run that knows
+    none has one row without a step. The columns:
+
+        run         the workdir, as the pattern found it
+        step        the training step
+        checkpoint  whether a checkpoint of that step is there; its metrics count where the log has others
+        warnings    what could not be read of the run, each file by its name; empty if all could
+        loss, validation_loss, ...       what `metrics.jsonl` and checkpoints say of the step; nested names joined by dots
+        config.seed, config.train.steps  fields of the run's `config.json`, lists as JSON text
+
+    Args:
+      pattern: of workdirs, as the shell has them, `**` for any depth: `build/sweep/*`. Folders that hold neither a log nor
+        checkpoints are passed over.
+
+    Raises:
+      InputError: nothing there is a workdir.
+    """
+    import pandas
+
+    found = [path for path in map(pathlib.Path, sorted(glob.glob(pattern, recursive=True)))
+             if (path / NAME).exists() or (path / "checkpoints").is_dir()]
+    if not found:
+        raise InputError(f"{pattern}: no folder of that name holds {NAME} or checkpoints")
+    table = pandas.json_normalize([row for path in found for row in _run_rows(path)])
+    first, configs = ["run", "step", "checkpoint", "warnings"], [c for c in table.columns if c.startswith("config.")]
+    metrics = [c for c in table.columns if c not in {*first, *configs}]
+    return table[[*first, *metrics, *configs]].astype({"step": "Int64"})
+
+
+def _run_rows(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yield a run's rows by step; what is malformed is left out and named in every one of them."""
+    warnings: list[str] = []
+    steps: dict[int, dict[str, Any]] = {}
+    for place, text in _lines(workdir / NAME, warnings):
+        if entry := _parse(place, text, warnings, "step"):
+            steps[entry["step"]] = entry
+    kept = [path.parent.parent for path in (workdir / "checkpoints").glob("[0-9]*/metrics/metrics")]
+    for path in sorted((path for path in kept if path.name.isdigit()), key=lambda path: int(path.name)):
+        place = f"checkpoints/{path.name}/metrics/metrics"
+        for _, text in _lines(workdir / place, warnings, whole=True):
+            if (entry := _parse(place, text, warnings)) is not None:
+                steps[int(path.name)] = {**steps.get(int(path.name), {}), **entry, "checkpoint": True}
+    config: dict[str, Any] = {}
+    for _, text in _lines(workdir / "config.json", warnings, whole=True):
+        config = _parse("config.json", text, warnings) or {}
+    shared = {"run": str(workdir), "warnings": "; ".join(warnings), **({"config": _plain(config)} if config else {})}
+    for step, entry in sorted(steps.items()) or [(None, {})]:
+        yield {"checkpoint": False, **entry, "step": step, **shared}
+
+
+def _lines(path: pathlib.Path, warnings: list[str], *, whole: bool = False) -> list[tuple[str, str]]:
+    """Return a file's lines with their places, but for one that is being written; or the whole text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        warnings.append(f"{path.name}: {getattr(error, 'strerror', None) or error}")
+        return []
+    if whole:
+        return [(path.name, text)]
+    return [(f"{path.name} line {number}", line) for number, line in enumerate(text.split("\n")[:-1], 1)]
+
+
+def _parse(place: str, text: str, warnings: list[str], required: str | None = None) -> dict[str, Any] | None:
+    """Return a JSON object, one with an integer `required` if that is named, or None after noting why there is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        warnings.append(f"{place}: not JSON: {error}")
+        return None
+    if not isinstance(value, dict) or (required and not isinstance(value.get(required), int)):
+        warnings.append(f"{place}: expected an object{f' with an integer {required!r}' if required else ''}, found {text[:40]}")
+        return None
+    return value
+
+
+def _plain(config: Any) -> Any:
+    """Return a nested config with lists as JSON text, so that every field is one comparable value."""
+    if isinstance(config, dict):
+        return {key: _plain(value) for key, value in config.items()}
+    return json.dumps(config) if isinstance(config, list) else config

@@ -1,0 +1,72 @@
+"""The logs of many runs as one table: what it holds, and what a malformed file costs."""
+
+import json
+
+import pytest
+
+from dnd_jax import logs
+from dnd_jax.types import InputError
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two workdirs written by hand as training writes them, `a` with two checkpoints, and a folder that is none."""
+    for name, rate in (("a", 0.1), ("b", 0.2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [{"step": step, "loss": rate * step, "validation": {"x": step / 2}} for step in (2, 4)]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"step": 6, "lo')
+        (folder / "config.json").write_text(json.dumps({"seed": 0, "train": {"rate": rate}, "blocks": [[1, 2], [3, 4]]}))
+    for step in (4, 5):
+        metrics = tmp_path / "a" / "checkpoints" / str(step) / "metrics"
+        metrics.mkdir(parents=True)
+        (metrics / "metrics").write_text(json.dumps({"validation_loss": step * 1.0}))
+    (tmp_path / "a" / "checkpoints" / "7").mkdir()
+    (tmp_path / "store").mkdir()
+    return tmp_path
+
+
+def test_columns_and_rows(sweep):
+    table = logs.load_runs(f"{sweep}/*")
+    assert list(table.columns) == ["run", "step", "checkpoint", "warnings", "loss", "validation.x", "validation_loss",
+                                   "config.seed", "config.train.rate", "config.blocks"]
+    assert table["run"].str[-1].tolist() == ["a"] * 3 + ["b"] * 2 and table["step"].tolist() == [2, 4, 5, 2, 4]
+    assert table["checkpoint"].tolist() == [False, True, True, False, False] and (table["warnings"] == "").all()
+    assert table["loss"].tolist()[:2] == [0.2, 0.4] and table["loss"].isna().tolist() == [False, False, True, False, False]
+    assert table["validation_loss"].dropna().tolist() == [4.0, 5.0] and table["validation.x"].dropna().tolist() == [1, 2, 1, 2]
+    assert table["config.train.rate"].tolist() == [0.1] * 3 + [0.2] * 2 and set(table["config.blocks"]) == {"[[1, 2], [3, 4]]"}
+
+
+@pytest.mark.parametrize("name,text,said,steps", [
+    ("metrics.jsonl", '{"step": 2}\n{"step"\n{"step": 6}\n', "metrics.jsonl line 2: not JSON", [2, 4, 5, 6]),
+    ("metrics.jsonl", '{"step": 2}\n[1]\n{"loss": 1}\n', "metrics.jsonl line 2: expected an object with an integer", [2, 4, 5]),
+    ("metrics.jsonl", None, "metrics.jsonl: No such file", [4, 5]), ("config.json", "{", "config.json: not JSON", [2, 4, 5]),
+    ("config.json", b"\xff", "config.json: ", [2, 4, 5]),
+    ("checkpoints/4/metrics/metrics", "{", "checkpoints/4/metrics/metrics: not JSON", [2, 4, 5]),
+    ("checkpoints/5/metrics/metrics", "[]", "checkpoints/5/metrics/metrics: expected an object", [2, 4]),
+])
+def test_a_malformed_file_is_named_and_costs_only_itself(sweep, name, text, said, steps):
+    path = sweep / "a" / name
+    path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    table = logs.load_runs(f"{sweep}/*")
+    ours, theirs = (table[table["run"] == f"{sweep}/{run}"] for run in "ab")
+    assert ours["step"].tolist() == steps and all(said in warning for warning in ours["warnings"])
+    assert theirs["step"].tolist() == [2, 4] and (theirs["warnings"] == "").all()
+    assert theirs["config.train.rate"].tolist() == [0.2, 0.2]
+
+
+def test_a_run_without_any_step_has_a_row_and_no_run_is_an_error(sweep):
+    (sweep / "b" / "metrics.jsonl").write_text("")
+    last = logs.load_runs(f"{sweep}/*").iloc[-1]
+    assert last["run"] == f"{sweep}/b" and last.isna()["step"] and last["config.train.rate"] == 0.2
+    with pytest.raises(InputError, match=r"store: no folder of that name holds metrics\.jsonl or checkpoints"):
+        logs.load_runs(f"{sweep}/store")
+
+
+def test_what_training_writes(smoke):
+    table = logs.load_runs(f"{smoke}/build/*/run")
+    assert table["run"].unique().tolist() == [f"{smoke}/build/tenants-smoke/run"] and (table["warnings"] == "").all()
+    assert table["step"].tolist() == [1, 2, 3, 4] and table["loss"].notna().all() and (table["config.train.steps"] == 4).all()
+    assert table.loc[table["checkpoint"], "step"].tolist() == [2, 4]
+    logged = [entry.get("validation_loss") for entry in logs.read_metrics(smoke / "build" / "tenants-smoke" / "run")]
+    assert table["validation_loss"].dropna().tolist() == [loss for loss in logged if loss is not None]
