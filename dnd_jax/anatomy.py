@@ -117,8 +117,8 @@ def neighbours(s: Specimens) -> list[dict[str, str | float]]:
     for task, trained in zip(s.held_out, held_out, strict=True):
         made, unit = trained + len(s.held_out), to_mean[trained]
         nearest, rival = int(np.argmin(far[made, known])), int(np.argmin(far[trained, known]))
-        rows.append({
-            "task": task, "generated_trained": far[made, trained] / unit, "generated_mean": to_mean[made] / unit,
-            "generated_nearest": far[made, nearest] / unit, "trained_nearest": far[trained, rival] / unit,
-            "nearest": names[nearest], "cosine_trained": alike[made, trained], "cosine_nearest": alike[made, nearest]})
+        values = {"generated_trained": far[made, trained] / unit, "generated_mean": to_mean[made] / unit,
+                  "generated_nearest": far[made, nearest] / unit, "trained_nearest": far[trained, rival] / unit,
+                  "cosine_trained": alike[made, trained], "cosine_nearest": alike[made, nearest]}
+        rows.append({"task": task, "nearest": names[nearest]} | {name: float(value) for name, value in values.items()})
     return rows

@@ -112,7 +112,9 @@ def _run_rows(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
     for _, text in _lines(workdir / "config.json", warnings, whole=True):
         config = _parse("config.json", text, warnings) or {}
     shared = {"run": str(workdir), "warnings": "; ".join(warnings), **({"config": _plain(config)} if config else {})}
-    for step, entry in sorted(steps.items()) or [(None, {})]:
+    if not steps:
+        yield {"checkpoint": False, "step": None, **shared}
+    for step, entry in sorted(steps.items()):
         yield {"checkpoint": False, **entry, "step": step, **shared}
 
 

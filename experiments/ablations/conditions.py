@@ -1,0 +1,89 @@
+"""What a condition is made of, and of how many prompts: decoders that differ in nothing else, on the ordinary ladder.
+
+    python -m experiments.ablations.conditions --config=experiments/configs/tenants.py
+    python -m experiments.ablations.conditions --config=experiments/configs/tenants.py --variants=form-answer,prompts-28
+
+Needs the tenants' adapters, as `make demo` leaves them. Exports, trains and evaluates every variant under
+`build/tenants/conditions/<variant>/{store,run}`; one that has a report is left as it is, so delete its folder to redo it.
+A quarter of the demo's training steps, so that seven variants take minutes on 2 cores: compare them with each other, not with
+the demo. Forms with an answer need labels of the held-out task, which plain prompts don't. `conditions.ipynb` reads the reports.
+"""
+
+import pathlib
+import types
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from data_pipeline import export
+from dnd_jax import cli, evaluate, files, train
+from dnd_jax.types import InputError
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"form-{form}": {"form": form} for form in export.FORMS},
+    **{f"prompts-{count}": {"prompts": count} for count in (4, 7, 28)},  # the forms have 14
+}
+
+
+def folder_of(config: ml_collections.ConfigDict) -> pathlib.Path:
+    """Return where the variants are, beside the list of tasks."""
+    return pathlib.Path(config.tasks).parent / "conditions"
+
+
+def vary(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
+    """Return the variant's config; `config` stays as it is."""
+    changed = config.copy_and_resolve_references().unlock()
+    changed.condition.update(VARIANTS[variant])
+    changed.export.store = str(folder_of(config) / variant / "store")
+    changed.train.steps = config.train.steps // 4
+    return changed.lock()
+
+
+def run(config: ml_collections.ConfigDict, variant: str) -> None:
+    """Bring one variant to its report, station by station."""
+    place = folder_of(config) / variant
+    if (place / "run" / "report.json").exists():
+        print(f"{variant}: has its report")
+        return
+    print(f"== {variant}", flush=True)
+    changed = vary(config, variant)
+    if not (place / "store" / "manifest.json").exists():
+        export.export(changed)
+    args = types.SimpleNamespace(config=changed, workdir=str(place / "run"))
+    train.main(args)
+    evaluate.main(args)
+
+
+def load(folder: files.PathLike) -> dict[str, dict[str, Any]]:
+    """Return the reports that are there, by variant, in the order of VARIANTS.
+
+    Raises:
+      InputError: none is there.
+    """
+    paths = {name: pathlib.Path(folder, name, "run", "report.json") for name in VARIANTS}
+    found = {name: files.read_json(path) for name, path in paths.items() if path.exists()}
+    if not found:
+        raise InputError(f"{folder}: holds no report, run experiments.ablations.conditions first")
+    return found
+
+
+def prompt_count(variant: str, form_count: int = 14) -> int | None:
+    """Return how many prompts a condition of the variant has, if it belongs to that comparison: conditions of prompts only."""
+    return form_count if variant == "form-prompt" else VARIANTS[variant].get("prompts")
+
+
+def define_flags() -> None:
+    cli.define_config()
+    flags.DEFINE_list("variants", list(VARIANTS), f"Some of {', '.join(VARIANTS)}.")
+
+
+def main(args: Any) -> None:
+    if unknown := [name for name in args.variants if name not in VARIANTS]:
+        raise InputError(f"command line: --variants has {unknown}, expected some of {list(VARIANTS)}")
+    for variant in args.variants:
+        run(args.config, variant)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

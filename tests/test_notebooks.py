@@ -1,0 +1,68 @@
+"""The notebooks, executed by nbmake on the miniature world; committed without outputs."""
+
+import json
+import re
+
+import nbformat
+import pytest
+from conftest import ROOT, run_module
+
+from experiments.ablations import conditions
+from experiments.configs import tenants
+
+FOLDER = ROOT / "experiments" / "ablations"
+CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
+PICTURES = {"sweep": 1, "anatomy": 3, "conditions": 2}
+QUICK = ("draws=1", "top_k=(2,)", "temperatures=(1.0,)", "penalties=(1.0,)", "ridge_draws=1")
+
+
+@pytest.fixture(scope="module")
+def executed(smoke, tmp_path_factory):
+    """The executed notebooks by name, after a variant of the conditions was trained and evaluated."""
+    run_module("experiments.ablations.conditions", CONFIG, "--variants=prompts-4", "--config.train.steps=8",
+               *(f"--config.evaluate.{field}" for field in QUICK), cwd=smoke)
+    folder = tmp_path_factory.mktemp("notebooks")
+    for name in PICTURES:
+        (folder / f"{name}.ipynb").write_text((FOLDER / f"{name}.ipynb").read_text())
+    done = run_module("pytest", "--nbmake", "--overwrite", "-p", "no:cacheprovider", *(f"{name}.ipynb" for name in PICTURES),
+                      cwd=folder, env={"DND_WORLD": f"{smoke}/build/tenants-smoke"}, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return {name: nbformat.read(folder / f"{name}.ipynb", 4) for name in PICTURES}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_cell_ran_and_the_pictures_are_there(executed, name):
+    cells = [cell for cell in executed[name].cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert all(cell.execution_count for cell in cells) and not [o for o in outputs if o.output_type == "error"]
+    assert not [o for o in outputs if o.get("name") == "stderr"], outputs
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES[name]
+
+
+def test_what_the_tables_say(executed, smoke):
+    text = {name: json.dumps(book.cells) for name, book in executed.items()}
+    assert "conditions/prompts-4/run" in text["sweep"] and "config.condition.prompts" in text["sweep"]
+    assert "6 training tasks, 2 held out" in text["anatomy"] and "cosine_trained" in text["anatomy"]
+    report = conditions.load(smoke / "build" / "tenants-smoke" / "conditions")["prompts-4"]
+    assert report["verdict"] in text["conditions"] and "dnd_shuffled" in text["conditions"]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_committed_notebooks_are_clean_and_their_cells_short(path):
+    book = nbformat.read(path, 4)
+    nbformat.validate(book)
+    assert path.stem in PICTURES and book.cells[0].cell_type == "markdown"
+    for before, cell in zip(book.cells, book.cells[1:], strict=False):
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None and cell.source.count("\n") < 6
+            assert before.cell_type == "markdown" and re.search(r"[.?:]$", before.source)
+
+
+def test_variants_differ_in_what_they_say_and_leave_the_config_alone():
+    config = tenants.get_config()
+    whole = config.to_json()
+    changed = [conditions.vary(config, name) for name in conditions.VARIANTS]
+    assert config.to_json() == whole and len({c.export.store for c in changed}) == len(conditions.VARIANTS)
+    assert [c.condition.form for c in changed[:4]] == ["prompt", "prompt+answer", "answer", "mix"]
+    assert [c.condition.prompts for c in changed[4:]] == [4, 7, 28] and {c.train.steps for c in changed} == {175}
+    assert conditions.prompt_count("form-prompt") == config.condition.prompts and not conditions.prompt_count("form-mix")
