@@ -50,9 +50,8 @@ def run(config: ml_collections.ConfigDict, variant: str) -> None:
     changed = vary(config, variant)
     if not (place / "store" / "manifest.json").exists():
         export.export(changed)
-    args = types.SimpleNamespace(config=changed, workdir=str(place / "run"))
-    train.main(args)
-    evaluate.main(args)
+    train.run(changed, place / "run")
+    evaluate.main(types.SimpleNamespace(config=changed, workdir=place / "run"))
 
 
 def load(folder: files.PathLike) -> dict[str, dict[str, Any]]:
