@@ -6,13 +6,16 @@ first shortens L. Source: Liang et al., arXiv 2506.16406, section 3.4 and its pu
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dnd_jax.types import Block, Condition, Tokens
+from dnd_jax import fourier_conv
+from dnd_jax.fourier_conv import Kernel, Spectrum
+from dnd_jax.types import Block, Condition, Params, Tokens
 
 Shape3 = tuple[int, int, int]
 
@@ -26,6 +29,8 @@ class HyperConvDecoder(nn.Module):
       length: L of the condition where that is longer than the first block's L and is to be shortened to it.
       dtype: of activations and products, whatever the parameters are kept in; norms are computed in float32.
       remat: whether the backward pass computes each layer again, instead of keeping what is inside it.
+      mesh: of several devices (`dnd_jax.sharding.make_mesh`), for each to convolve its own examples and channels only; needed
+        where arguments of `apply` lie on such a mesh: `decoder.clone(mesh=mesh)`.
     """
 
     features: Sequence[Shape3]
@@ -33,6 +38,7 @@ class HyperConvDecoder(nn.Module):
     length: int | None = None
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    mesh: jax.sharding.Mesh | None = None
 
     @property
     def condition_shape(self) -> Shape3:
@@ -62,7 +68,7 @@ class HyperConvDecoder(nn.Module):
         for i, (source, target) in enumerate(steps):
             # A later norm takes a constant per prompt off again, wherever it is not the residual that carries it to the end.
             counts = all(s == t for s, t in steps[i + 1:])
-            y = layer(source, target, self.kernel_size, self.dtype, counts, name=f"layers_{i}")(x)
+            y = layer(source, target, self.kernel_size, self.dtype, counts, self.mesh, name=f"layers_{i}")(x)
             x = x + y if source == target else y
         return x
 
@@ -104,26 +110,34 @@ class HyperConvLayer(nn.Module):
     kernel_size: int
     dtype: jnp.dtype = jnp.float32
     bias_counts: bool = True
+    mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Block) -> Block:
-        (n, l, c), (o, m, d) = self.source, self.target  # noqa: E741
+        n, (o, m, d) = self.source[0], self.target
         x = JointLayerNorm(self.dtype, name="norm")(x)
-        width = plane_conv(x, self._kernel("width_conv_c", d, c), "BNLC,LN->BNLD")
-        width = plane_conv(width, self._kernel("width_conv_l", m, l), "BNLD,ND->BNMD")
-        height = plane_conv(x, self._kernel("height_conv_l", m, l), "BNLC,NC->BNMC")
-        height = jnp.tanh(plane_conv(height, self._kernel("height_conv_c", d, c), "BNMC,MN->BNMD"))
+        width = self._conv(x, "width_conv_c", d, "BNLC,LN->BNLD")
+        width = self._conv(width, "width_conv_l", m, "BNLD,ND->BNMD")
+        height = self._conv(x, "height_conv_l", m, "BNLC,NC->BNMC")
+        height = jnp.tanh(self._conv(height, "height_conv_c", d, "BNMC,MN->BNMD"))
         bias = self.param("bias", _uniform(1.0 / (m * d)), (m, d))
         y = (width + height + bias.astype(self.dtype)) / 3
         out_bias = self.param("out_bias", _uniform((n * self.kernel_size**2) ** -0.5), (o,))
         out_bias = out_bias if self.bias_counts else jax.lax.stop_gradient(out_bias)
-        y = plane_conv(y, self._kernel("out_conv", o, n), "BNMD,MD->BOMD")
+        y = self._conv(y, "out_conv", o, "BNMD,MD->BOMD")
         return y + out_bias.astype(self.dtype)[:, None, None]
 
-    def _kernel(self, name: str, channels_out: int, channels_in: int) -> Float[Array, "O I k k"]:
-        k = self.kernel_size
-        bound = (channels_in * k * k) ** -0.5  # PyTorch's default for convolutions
-        return self.param(name, _uniform(bound), (channels_out, channels_in, k, k)).astype(self.dtype)
+    def _conv(self, x: Block, name: str, out: int, spec: str) -> Block:
+        """Convolve by the parameter `name`, or by its transform where `prepare` kept that."""
+        axes = plane_axes(spec)
+        if self.has_variable("spectra", name):
+            return plane_conv(x, self.get_variable("spectra", name), spec)
+        channels, k = x.shape[axes[2]], self.kernel_size
+        bound = (channels * k * k) ** -0.5  # PyTorch's default for convolutions
+        kernel = self.param(name, _uniform(bound), (out, channels, k, k)).astype(self.dtype)
+        if self.is_mutable_collection("spectra") and not self.is_initializing():
+            self.put_variable("spectra", name, fourier_conv.prepare(kernel, x, axes))
+        return plane_conv(x, kernel, spec, self.mesh)
 
 
 class JointLayerNorm(nn.Module):
@@ -142,29 +156,37 @@ class JointLayerNorm(nn.Module):
         return ((x - mean) * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(self.dtype)
 
 
-def plane_conv(x: Block, kernel: Float[Array, "O I k k"], spec: str) -> Block:
+def plane_conv(x: Block, kernel: Kernel | Spectrum, spec: str, mesh: jax.sharding.Mesh | None = None) -> Block:
     """Convolve one plane of a block, the third axis being the channels: stride 1, zeros outside, same size.
 
     Args:
       x: block with axes as in `spec`.
-      kernel: `[out, in, k, k]`; its first tap axis runs along the first axis of the plane.
+      kernel: `[out, in, k, k]`; its first tap axis runs along the first axis of the plane. Or its transform.
       spec: `"BNLC,LN->BNLD"` reads: over the plane (L, N), channels C become D. For an even k the extra zero column
         goes to the high side.
+      mesh: of several devices.
     """
-    axes, plane_and_out = spec.split(",")
-    plane, out_axes = plane_and_out.split("->")
-    (channel,) = set(axes) - set(plane) - {"B"}
-    (out_channel,) = set(out_axes) - set(plane) - {"B"}
-    low = (kernel.shape[-1] - 1) // 2
-    padding = (low, kernel.shape[-1] - 1 - low)
+    return fourier_conv.convolve(x, kernel, plane_axes(spec), mesh)
 
-    def letters(names: str, channel_name: str, as_channel: str) -> str:
-        return "".join({"B": "N", channel_name: as_channel, plane[0]: "H", plane[1]: "W"}[a] for a in names)
 
-    return jax.lax.conv_general_dilated(
-        x, kernel, window_strides=(1, 1), padding=(padding, padding),
-        dimension_numbers=(letters(axes, channel, "C"), "OIHW", letters(out_axes, out_channel, "C")),
-    )
+def plane_axes(spec: str) -> tuple[int, int, int]:
+    """Return where a block has the plane's two axes and the channels: `"BNLC,LN->BNLD"` gives (2, 1, 3)."""
+    block, plane = spec.split("->")[0].split(",")
+    (channel,) = set(block) - set(plane) - {"B"}
+    return block.index(plane[0]), block.index(plane[1]), block.index(channel)
+
+
+def prepare(decoder: HyperConvDecoder, params: Params, batch: int = 1) -> dict[str, Any]:
+    """Return the variables for `apply` to conditions of one batch size, kernels' transforms in place of the kernels.
+
+    For generation, where one set of parameters serves many conditions; there are no gradients. The transforms take several
+    times the memory of the kernels, `jax.eval_shape` tells how much. Where the direct convolution is cheaper, the kernel stays.
+    """
+    condition = jnp.zeros((batch, *decoder.condition_shape))
+    spectra = decoder.apply({"params": params}, condition, mutable=["spectra"])[1].get("spectra", {})
+    spectra = {path: s for path, s in flatten_dict(spectra).items() if s is not None}
+    rest = {path: p for path, p in flatten_dict(dict(params)).items() if path not in spectra}
+    return {"params": unflatten_dict(rest), "spectra": unflatten_dict(spectra)}
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -1,0 +1,153 @@
+"""The Fourier form of the plane convolution against the plain one."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dnd_jax import fourier_conv, fourier_plan
+from dnd_jax.decoder import HyperConvDecoder, prepare
+from dnd_jax.fourier_plan import Plan
+
+CHANNELS, OUT = 6, 5
+# plane, k, which of the ways to cut each axis (the first is one tile), Karatsuba, chunks of output channels
+CASES = {
+    "odd kernel, one tile": ((7, 9), 3, (0, 0), True, 1),
+    "even kernel, one tile": ((7, 9), 4, (0, 0), False, 1),
+    "odd kernel, partial tiles": ((11, 13), 5, (2, 1), True, 2),
+    "even kernel, partial tiles": ((11, 13), 6, (1, 2), False, 2),
+    "kernel longer than one axis": ((3, 20), 9, (0, 2), True, 1),
+    "even kernel longer than both axes": ((2, 3), 10, (0, 0), False, 3),
+    "tiles shorter than their overlap": ((12, 10), 7, (4, 3), True, 1),
+    "one position": ((1, 1), 5, (0, 0), True, 1),
+}
+
+
+def make_plan(plane, k, cuts, karatsuba, chunks):
+    first, second = (fourier_plan.axes(size, k)[cut] for size, cut in zip(plane, cuts, strict=True))
+    return Plan(2, first, second, karatsuba, OUT, chunks, -(-OUT // chunks))
+
+
+def operands(rng, plane, k, dtype=np.float32):
+    x, kernel, g = (rng.normal(size=s) for s in ((2, *plane, CHANNELS), (OUT, CHANNELS, k, k), (2, *plane, OUT)))
+    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), jnp.asarray(g, dtype)
+
+
+def relative(actual, expected):
+    actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
+    return np.sqrt(np.square(actual - expected).mean() / np.square(expected).mean())
+
+
+def exact(x, kernel):
+    """Return the convolution in float64 by its definition."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    k, (_, s1, s2, _) = kernel.shape[-1], x.shape
+    low = (k - 1) // 2
+    padded = np.pad(x, ((0, 0), (low, k - 1 - low), (low, k - 1 - low), (0, 0)))
+    return sum(padded[:, i:i + s1, j:j + s2] @ kernel[:, :, i, j].T for i in range(k) for j in range(k))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_plain_convolution(rng, case):
+    plane, k, cuts, karatsuba, chunks = CASES[case]
+    plan = make_plan(plane, k, cuts, karatsuba, chunks)
+    x, kernel, g = operands(rng, plane, k)
+
+    @jax.jit
+    def both(x, kernel, g):
+        y, transposed = jax.vjp(lambda x, w: fourier_conv._fourier(x, w, plan), x, kernel)
+        y_0, transposed_0 = jax.vjp(lambda x, w: fourier_conv._direct(x, w, (1, 2, 3)), x, kernel)
+        return (y, *transposed(g)), (y_0, *transposed_0(g))
+
+    ours, theirs = both(x, kernel, g)
+    assert relative(ours[0], exact(x, kernel)) < 6e-7
+    for name, actual, expected in zip(("output", "gradient of x", "gradient of the kernel"), ours, theirs, strict=True):
+        assert actual.shape == expected.shape and relative(actual, expected) < 1e-6, name
+
+
+def test_bfloat16_is_as_exact_as_the_plain_convolution(rng):
+    plane, k, cuts, _, chunks = CASES["odd kernel, partial tiles"]
+    x, kernel, g = operands(rng, plane, k, jnp.bfloat16)
+    expected = exact(x, kernel)
+    plain = relative(fourier_conv._direct(x, kernel, (1, 2, 3)), expected)
+    for karatsuba in (False, True):
+        plan = make_plan(plane, k, cuts, karatsuba, chunks)
+        y, transposed = jax.jit(lambda x, w, plan=plan: jax.vjp(lambda x, w: fourier_conv._fourier(x, w, plan), x, w))(x, kernel)
+        assert y.dtype == jnp.bfloat16
+        assert relative(y, expected) < max(3 * plain, 4e-3), karatsuba
+        x32, kernel32, g32 = (a.astype(jnp.float32) for a in (x, kernel, g))
+        gradients = jax.vjp(lambda x, w: fourier_conv._direct(x, w, (1, 2, 3)), x32, kernel32)[1](g32)
+        for actual, gradient in zip(transposed(g), gradients, strict=True):
+            assert actual.dtype == jnp.bfloat16 and relative(actual, gradient) < 8e-3
+
+
+def test_form_follows_the_shapes():
+    """Few channels on a small plane are convolved directly, many by Fourier; long kernels take Fourier on less."""
+    assert fourier_plan.make_plan(1, 4, 4, 2, 2, 3, "cpu") is None
+    plan = fourier_plan.make_plan(1, 18, 514, 256, 308, 11, "cpu")
+    assert plan is not None and plan.second.tiles > 1 and plan.chunks > 1 and plan.chunks * plan.chunk == 308
+
+
+def layer_of(features, k):
+    decoder = HyperConvDecoder(features, k)
+    x = jax.random.normal(jax.random.key(1), (2, *features[0]))
+    return decoder, decoder.init(jax.random.key(0), x)["params"], x
+
+
+def test_prepared_kernels_give_the_same_tokens():
+    decoder, params, x = layer_of(((16, 12, 24), (20, 10, 16), (24, 8, 20)), 9)
+    expected = decoder.apply({"params": params}, x)
+    prepared = jax.jit(lambda p: prepare(decoder, p, batch=2))(params)
+    assert prepared["spectra"]["layers_0"].keys() >= {"width_conv_c", "out_conv"}
+    assert not prepared["params"]["layers_0"].keys() & prepared["spectra"]["layers_0"].keys()
+    assert relative(jax.jit(decoder.apply)(prepared, x), expected) < 1e-6
+
+
+def test_prepared_kernels_of_another_batch_are_refused():
+    decoder, params, x = layer_of(((16, 12, 24), (20, 10, 16)), 9)
+    with pytest.raises(ValueError, match=r"batch of 2.*prepared for 1"):
+        decoder.apply(prepare(decoder, params, batch=1), x)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from dnd_jax import sharding
+from dnd_jax.decoder import HyperConvDecoder
+
+decoder = HyperConvDecoder(((16, 12, 24), (20, 10, 16)), 9)
+x = jax.random.normal(jax.random.key(1), (8, 16, 12, 24))
+params = decoder.init(jax.random.key(0), x)["params"]
+g = jax.random.normal(jax.random.key(2), (8, 20, 10, 16))
+
+def step(decoder):
+    return lambda p, x: jax.value_and_grad(lambda p: jnp.vdot(decoder.apply({"params": p}, x), g))(p)
+
+expected = jax.jit(step(decoder))(params, x)
+for shape in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 4}):
+    mesh = sharding.make_mesh(shape)
+    p = jax.device_put(params, sharding.of_state(mesh, params))
+    batch = sharding.over_batch(mesh, 8)
+    run = jax.jit(step(decoder.clone(mesh=mesh)), out_shardings=(None, sharding.of_state(mesh, params)))
+    compiled = run.lower(p, jax.device_put(x, batch)).compile()
+    actual = compiled(p, jax.device_put(x, batch))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        scale = max(float(jnp.abs(b).max()), 1e-3)
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() < 2e-5 * scale, (shape, a.shape)
+    alone = decoder.clone(mesh=mesh).apply({"params": p}, x[:3])  # a batch that the devices don't divide
+    assert np.abs(np.asarray(alone) - np.asarray(decoder.apply({"params": params}, x[:3]))).max() < 1e-5
+    if shape == {"data": 8}:
+        text = compiled.as_text()
+        assert "all-gather" not in text, "activations are gathered"
+        assert "f32[8,16,12,24]" not in text, "the whole batch lies on one device"
+print("ok")
+"""
+
+
+def test_sharded_on_eight_devices():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "ok", done.stderr[-2000:]
