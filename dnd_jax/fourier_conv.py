@@ -76,6 +76,7 @@ def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | No
     return Spectrum(jax.lax.map(lambda w: _kernel_in(w, plan), _chunked(kernel, plan)), plan)
 
 
+@functools.partial(jax.jit, static_argnames="axes", inline=True)  # outside of any jit: one compilation rather than dozens
 def _convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int]) -> Block:
     plan = kernel.plan if isinstance(kernel, Spectrum) else _plan(x, kernel, axes)
     if plan is None:

@@ -51,6 +51,23 @@ def test_golden_output_and_gradients(name):
             assert_near(actual, expected, path)
 
 
+@pytest.mark.parametrize("name", ["hcd_a", "hcd_c"])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+def test_yardstick_computes_the_same(name):
+    """Of the benchmark: an independent implementation in PyTorch."""
+    import torch
+
+    from tests.torch_decoder import Decoder
+
+    decoder, params, _, arrays = load(name)
+    yardstick = Decoder(decoder.features, decoder.kernel_size)
+    yardstick.load_state_dict({key: torch.tensor(value) for key, value in released.params_to_torch(params).items()})
+    with torch.no_grad():
+        y = yardstick(torch.tensor(arrays["input"])).numpy()
+    assert_near(y, arrays["output"], "golden output")
+    assert_near(jax.jit(decoder.apply)({"params": params}, arrays["input"]), y, "ours")
+
+
 @pytest.mark.parametrize("features,k", [(((3, 4, 5), (6, 2, 7)), 4), (((2, 3, 4), (2, 3, 4), (5, 4, 3)), 3)])
 def test_shapes_follow_features(features, k):
     decoder = HyperConvDecoder(features, k)

@@ -1,0 +1,140 @@
+"""The published decoders on an accelerator, in bfloat16 with random parameters; part of `experiments.benchmarks.decoder`.
+
+None of this has been run on an accelerator by us; the floors are computed.
+"""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dnd_jax import files, tokens, train
+from dnd_jax.adapters.architecture import spec_of_model
+from dnd_jax.decoder import HyperConvDecoder, prepare
+from experiments.configs import coding, common_sense, multimodal
+
+PEAK = {"H100": 790.0, "H200": 790.0, "A100": 312.0}  # dense bf16 TFLOP/s that matrix products reach or are sold with
+BYTES = {"H100": 3.3e12, "H200": 4.8e12, "A100": 2.0e12}  # of memory traffic, per second
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "0.5b": common_sense.get_config, "1.5b": coding.get_config, "3b": multimodal.get_config,
+    "7b": lambda: coding.get_config("7b")}
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+
+
+def decoder_of(config: Any) -> HyperConvDecoder:
+    """Return a published decoder at its true size."""
+    layout = tokens.plan(spec_of_model(config.model, config.collect.rank, config.collect.target_modules))
+    return train.decoder_of(config, config.encoder.length, config.model.condition_width, layout.shape).clone(dtype=jnp.bfloat16)
+
+
+def parameters(decoder: HyperConvDecoder) -> int:
+    """Return how many parameters a decoder has."""
+    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
+    shapes = jax.eval_shape(lambda x: decoder.init(jax.random.key(0), x), condition)["params"]
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+
+
+def floors(chip: str = "H100") -> str:
+    """Return what would run on a chip, and the least time of a direct convolution there."""
+    lines = [f"No accelerator. On one, this would time, with peak memory: floors on {chip} of the direct convolution at "
+             f"{PEAK[chip]:.0f} TFLOP/s and {BYTES[chip] / 1e12:.1f} TB/s, one adapter and one training step"]
+    for name, get_config in CONFIGS.items():
+        config = get_config()
+        decoder, batch = decoder_of(config), config.train.batch_size
+        compute = decoder.flops / PEAK[chip] / 1e12
+        memory = 2 * parameters(decoder) / BYTES[chip]
+        lines.append(f"{name:5} {decoder.flops / 1e12:5.1f} TFLOP, {parameters(decoder) / 1e9:.2f} G parameters: adapter "
+                     f"{1000 * max(compute, memory):.1f} ms ({1000 * memory:.1f} ms of it to read bf16 parameters at the least), "
+                     f"step of {batch} {3 * batch * compute:.1f} s")
+    return "\n".join(lines)
+
+
+def measure_all(path: str | None) -> None:
+    """Print, and keep in a file, a row for each published decoder."""
+    rows = []
+    for name, get_config in CONFIGS.items():
+        config = get_config()
+        for measure in (measure_ours, measure_torch):
+            row = {"decoder": name, "by": measure.__name__.removeprefix("measure_")}
+            try:
+                row |= measure(decoder_of(config))
+            except (jax.errors.JaxRuntimeError, RuntimeError) as error:  # does not fit this device's memory
+                row |= {"error": str(error).splitlines()[0][:200]}
+            gc.collect()
+            print(row, flush=True)
+            rows.append(row)
+    if path:
+        files.write_json(path, rows)
+
+
+def measure_ours(decoder: HyperConvDecoder) -> dict[str, Any]:
+    """Time one adapter with kernels' transforms kept and a gradient of batch 1; error of each matmul precision of float32."""
+    device = jax.devices()[0]
+    x = jax.random.normal(jax.random.key(1), (1, *decoder.condition_shape))
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), jax.jit(decoder.init)(jax.random.key(0), x)["params"])
+
+    def loss(params: Any) -> jax.Array:
+        y: Any = decoder.apply({"params": params}, x)
+        return jnp.square(y.astype(jnp.float32)).mean()
+
+    step = jax.jit(jax.grad(loss))
+    row = {"step_ms_batch_1": 1000 * seconds(lambda: jax.block_until_ready(step(params)))}
+    kept = jax.jit(lambda p: prepare(decoder, p))(params)
+    apply = jax.jit(decoder.apply)
+    adapter = seconds(lambda: jax.block_until_ready(apply(kept, x)))
+    peak = next((p for chip, p in PEAK.items() if chip in device.device_kind), float("nan"))
+    stats = device.memory_stats() or {}
+    row |= {"adapter_ms": 1000 * adapter, "direct_tflops_over_peak": decoder.flops / adapter / 1e12 / peak,
+            "peak_gb": stats.get("peak_bytes_in_use", float("nan")) / 1e9}
+    return row | {"error": errors()}
+
+
+def errors() -> dict[str, float]:
+    """Return the relative error of the Fourier form against float32's best, for each matmul precision and for bfloat16."""
+    plain = HyperConvDecoder(((32, 32, 64), (64, 32, 64)), 11)
+    x = jax.random.normal(jax.random.key(1), (1, *plain.condition_shape))
+    params = jax.jit(plain.init)(jax.random.key(0), x)["params"]
+
+    def run(decoder: HyperConvDecoder, precision: str) -> np.ndarray:
+        with jax.default_matmul_precision(precision):
+            return np.asarray(jax.jit(decoder.apply)({"params": params}, x), np.float64)
+
+    expected = run(plain, "float32")
+    outputs = {p: run(plain, p) for p in PRECISIONS[1:]} | {"bfloat16 inputs": run(plain.clone(dtype=jnp.bfloat16), "default")}
+    return {name: float(np.sqrt(np.square(y - expected).mean() / np.square(expected).mean())) for name, y in outputs.items()}
+
+
+def measure_torch(decoder: HyperConvDecoder) -> dict[str, Any]:
+    """Time the yardstick in bf16 with `torch.compile`; the projection that shortens long prompts is left out of it."""
+    import torch
+
+    from tests.torch_decoder import Decoder
+
+    module = Decoder(decoder.features, decoder.kernel_size).to("cuda", torch.bfloat16)
+    run, x = torch.compile(module), torch.randn(1, *decoder.features[0], device="cuda", dtype=torch.bfloat16)
+
+    def call(gradient: bool) -> None:
+        with contextlib.nullcontext() if gradient else torch.no_grad():
+            y = run(x)
+        if gradient:
+            y.float().square().mean().backward()
+        torch.cuda.synchronize()
+
+    return {"adapter_ms": 1000 * seconds(lambda: call(False)), "step_ms_batch_1": 1000 * seconds(lambda: call(True)),
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Return the median of some calls after one that compiles."""
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))

@@ -1,0 +1,215 @@
+"""Speed of the decoder beside an independent PyTorch implementation of the same function, `tests/torch_decoder.py`.
+
+    python -m experiments.benchmarks.decoder                                        # everything, about half an hour
+    python -m experiments.benchmarks.decoder --only=small --taps=9 --cores=1 --json=rows.json
+
+A row is a decoder, a kernel size, a batch, a number of cores, and the forward pass (`forward`; `kept` with the kernels'
+transforms computed before, as generation does) or the gradients of a squared error for all parameters (`step`). PyTorch has
+each of its settings, eager or `torch.compile`, channels-last or not; the ratio is its fastest float32 median over ours, above 1
+is faster, and bf16 autocast is a ratio of its own. All are interleaved in one process with one allocator setting, after parity to
+1e-5 was checked. The Fourier form is an algorithm, not a virtue of JAX: written in PyTorch it would be as fast there.
+
+On an accelerator the published decoders are timed instead, in bfloat16 (`experiments/benchmarks/accelerator.py`); without one
+their floors are printed after the rows.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from dnd_jax import cli, files, released
+from dnd_jax.decoder import HyperConvDecoder, prepare
+from dnd_jax.types import InputError
+from experiments.benchmarks import accelerator
+from experiments.configs import tenants
+
+# Pages of large temporaries are kept and are huge: without this, faults dominate XLA on CPU, and cost PyTorch too.
+ALLOCATOR = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=200000000000:"
+             "glibc.malloc.top_pad=268435456")
+DECODERS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "tenants": ((14, 14, 48), *tenants.get_config().decoder.blocks, (30, 4, 66)),
+    "small": ((16, 64, 96), (16, 48, 64), (64, 32, 48), (128, 16, 48), (256, 10, 34)),
+    "wide": ((16, 64, 128), (64, 32, 128), (128, 16, 128), (256, 10, 130)),
+    "layer": ((256, 50, 200), (512, 50, 200)),  # the third of the 0.5B decoder at true size
+    "k11": ((256, 18, 514), (308, 18, 514)),  # the last convolution of the 7B decoder, channels scaled down
+}
+SLOW = ("layer", "k11")  # at batch 1 only
+TAPS = {"tenants": (5,), "k11": (11,)}
+
+
+def rows_of(only: list[str], taps: list[int], batches: list[int]) -> Iterator[tuple[str, int, int]]:
+    """Yield name, kernel size and batch of what is to be measured."""
+    for name in only:
+        for k in TAPS.get(name, (5, 9, 11)):
+            for batch in (1,) if name in SLOW else (1, 16):
+                if k in taps and batch in batches:
+                    yield name, k, batch
+
+
+def ours(name: str, decoder: HyperConvDecoder, params: Any, x: np.ndarray, target: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Return what is timed, compiled; each returns host arrays' worth of finished work."""
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        y: Any = decoder.apply(variables, x)
+        return y
+
+    forward, x, target = jax.jit(apply), jnp.asarray(x), jnp.asarray(target)
+    step = jax.jit(jax.grad(lambda p, x: jnp.square(apply({"params": p}, x) - target).mean()))
+    kept = jax.jit(lambda p: prepare(decoder, p, len(x)))(params)
+    return {"forward": lambda: forward({"params": params}, x).block_until_ready(),
+            "kept": lambda: forward(kept, x).block_until_ready(),
+            "step": lambda: jax.block_until_ready(step(params, x))}
+
+
+def theirs(decoder: HyperConvDecoder, params: Any, x: np.ndarray, target: np.ndarray) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return for each setting of PyTorch what is timed."""
+    import torch
+
+    from tests.torch_decoder import Decoder
+
+    state = {key: torch.tensor(value) for key, value in released.params_to_torch(params).items()}
+    picture, wanted = torch.tensor(x), torch.tensor(target)
+    compilers = [False, True] if shutil.which("g++") or shutil.which("clang++") else [False]
+    found = {}
+    for compiled in compilers:
+        for last in (False, True):
+            for half in (False, True):
+                module = Decoder(decoder.features, decoder.kernel_size)
+                module.load_state_dict(state)
+                if last:
+                    module.to(memory_format=torch.channels_last)
+                run = torch.compile(module) if compiled else module
+                setting = " ".join(filter(None, ("compile" if compiled else "eager", last and "channels-last", half and "bf16")))
+                found[setting] = _timed_in_torch(module, run, picture, wanted, half)
+    return found
+
+
+def _timed_in_torch(module: Any, run: Any, x: Any, target: Any, half: bool) -> dict[str, Callable[[], Any]]:
+    import torch
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+
+    def forward() -> Any:
+        with torch.no_grad(), autocast():
+            return run(x)
+
+    def step() -> None:
+        module.zero_grad(set_to_none=True)
+        with autocast():
+            loss = (run(x).float() - target).square().mean()
+        loss.backward()
+
+    return {"forward": forward, "step": step}
+
+
+def measure(name: str, k: int, batch: int, cores: int, repeats: int) -> list[dict[str, Any]]:
+    """Return the rows of one decoder: medians in ms and ratios."""
+    import torch
+
+    torch.set_num_threads(cores)
+    torch._dynamo.reset()
+    decoder = HyperConvDecoder(DECODERS[name], k)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(batch, *decoder.features[0])).astype(np.float32)
+    target = rng.normal(size=(batch, *decoder.features[-1])).astype(np.float32)
+    params = jax.jit(decoder.init)(jax.random.key(0), x[:1])["params"]
+    mine, yours = ours(name, decoder, params, x, target), theirs(decoder, params, x, target)
+    expected = np.asarray(yours["eager"]["forward"]())
+    error = np.abs(np.asarray(mine["forward"]()) - expected).max() / np.abs(expected).max()
+    if not error <= 1e-5:
+        raise InputError(f"{name}, k={k}: outputs differ from PyTorch's by {error:.1e} of the largest, at most 1e-5 is parity")
+    rows = []
+    for what in ("forward", "kept", "step"):
+        theirs_of = {setting: calls["step" if what == "step" else "forward"] for setting, calls in yours.items()}
+        seconds = interleaved({"ours": mine[what], **theirs_of}, repeats)
+        half = {s: t for s, t in seconds.items() if s.endswith("bf16")}
+        full = {s: t for s, t in seconds.items() if s != "ours" and s not in half}
+        best, best_half = min(full, key=full.__getitem__), min(half, key=half.__getitem__)
+        rows.append({"decoder": name, "k": k, "batch": batch, "cores": cores, "what": what, "ratio": full[best] / seconds["ours"],
+                     "bf16_ratio": half[best_half] / seconds["ours"], "best": best, "best_bf16": best_half, "error": float(error),
+                     "ms": {s: round(1000 * t, 3) for s, t in seconds.items()}})
+    return rows
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Return median seconds of each, taken in turns, after one call each to compile and warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def report(row: dict[str, Any]) -> str:
+    """Return one line of the table."""
+    return (f"{row['decoder']:8} k={row['k']:<2} batch {row['batch']:<2} {row['cores']} core{'s' if row['cores'] > 1 else ' '} "
+            f"{row['what']:8} {row['ms']['ours']:9.1f} ms  {row['ratio']:5.2f} ({row['best']})  bf16 {row['bf16_ratio']:5.2f}")
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("only", list(DECODERS), "Decoders to measure.")
+    flags.DEFINE_list("taps", ["5", "9", "11"], "Kernel sizes to measure.")
+    flags.DEFINE_list("batch", ["1", "16"], "Batches to measure.")
+    flags.DEFINE_list("cores", ["1", "2"], "Numbers of cores, each in a process of its own.")
+    flags.DEFINE_integer("repeats", 5, "Timings that a median is of.")
+    flags.DEFINE_string("json", None, "File to keep the rows in.")
+    flags.DEFINE_string("rows", None, "Set by the command itself: the file that one number of cores writes its rows to.")
+
+
+def _one_process(args: Any) -> None:
+    cores = int(args.cores[0])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    warnings.filterwarnings("ignore", message=".*even kernel lengths")
+    rows = []
+    for name, k, batch in rows_of(args.only, list(map(int, args.taps)), list(map(int, args.batch))):
+        for row in measure(name, k, batch, cores, args.repeats):
+            print(report(row), flush=True)
+            rows.append(row)
+        files.write_json(args.rows, rows)
+
+
+def main(args: Any) -> None:
+    if unknown := set(args.only) - set(DECODERS):
+        raise InputError(f"--only: {sorted(unknown)} is none of {list(DECODERS)}")
+    if args.rows:
+        return _one_process(args)
+    if jax.default_backend() != "cpu":
+        return accelerator.measure_all(args.json)
+    if not shutil.which("g++") and not shutil.which("clang++"):
+        print("no C++ compiler: torch.compile is left out")
+    rows = []
+    for cores in args.cores:
+        if int(cores) > len(os.sched_getaffinity(0)):
+            print(f"{cores} cores: this process may use {len(os.sched_getaffinity(0))} only, left out")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "experiments.benchmarks.decoder", f"--only={','.join(args.only)}",
+                       f"--taps={','.join(args.taps)}", f"--batch={','.join(args.batch)}", f"--cores={cores}",
+                       f"--repeats={args.repeats}", f"--rows={folder}/rows.json"]
+            subprocess.run(command, check=True, env=os.environ | {"GLIBC_TUNABLES": ALLOCATOR})
+            rows += json.loads(pathlib.Path(folder, "rows.json").read_text())
+    print(accelerator.floors())
+    if args.json:
+        files.write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)
