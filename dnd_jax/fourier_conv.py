@@ -80,6 +80,7 @@ def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | No
 def _convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int]) -> Block:
     plan = kernel.plan if isinstance(kernel, Spectrum) else _plan(x, kernel, axes)
     if plan is None:
+        assert isinstance(kernel, jax.Array)
         return _direct(x, kernel, axes)
     if plan.batch != x.shape[0]:
         raise ValueError(f"a batch of {x.shape[0]} examples, but the kernel's transform was prepared for {plan.batch}")

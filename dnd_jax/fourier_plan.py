@@ -10,6 +10,7 @@ import math
 
 FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with both gradients, GFLOP/s
 HALF_SPEED = 12  # rows of a product at which it runs at half of that
+OVERHEAD = 300_000.0  # of the many small steps of the Fourier form, ns
 BYTES = 8.0  # to and from memory, GB/s
 CHUNK = {"cpu": 24 << 20, "gpu": 1 << 30, "tpu": 1 << 30}  # bytes of a kernel's spectrum at once; on CPU, of the last cache
 LEAST_CHANNELS = 32  # of a chunk
@@ -96,7 +97,7 @@ def _cost(plan: Plan, channels: int) -> float:
     kernel = transform(a.taps, b.taps, channels * out, spectrum)
     source = transform(a.length, b.length, tiles * channels, spectrum)
     result = transform(a.step, b.step, tiles * out, spectrum if plan.karatsuba else 2 * spectrum)
-    return 3 * products + 2 * (kernel + source + result)
+    return 3 * products + 2 * (kernel + source + result) + OVERHEAD
 
 
 def _chunk(plan: Plan, channels: int, backend: str) -> Plan:

@@ -9,6 +9,7 @@ folder `adapters`, here `a`, `b` and `c`: the decoder is compiled once, and one 
 """
 
 import contextlib
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,9 +26,9 @@ from dnd_jax import adapters, baselines, checkpoints, cli, encoders, files, pair
 from dnd_jax.adapters import Spec
 from dnd_jax.adapters.card import card
 from dnd_jax.adapters.tensor_files import TensorFile
-from dnd_jax.decoder import HyperConvDecoder
+from dnd_jax.decoder import HyperConvDecoder, prepare
 from dnd_jax.tokens import Layout
-from dnd_jax.types import InputError, Tree
+from dnd_jax.types import InputError, Params, Tree
 
 
 class Generator:
@@ -40,10 +41,10 @@ class Generator:
         self.prompts, self.layout = features[0][0], Layout.from_json(self.about["layout"])
         self.spec = Spec.from_json(self.about["spec"], carried_of(workdir, self.about))
         decoder = HyperConvDecoder(features, self.about["kernel_size"], self.about["length"])
-        self._params = jax.device_put(params)
         began = time.perf_counter()
+        self._variables = keep_transforms(decoder, params)
         self._apply: Callable[..., Any] = jax.jit(decoder.apply).lower(
-            {"params": self._params}, jnp.zeros((1, *decoder.condition_shape), jnp.float32)).compile()
+            self._variables, jnp.zeros((1, *decoder.condition_shape), jnp.float32)).compile()
         self.compile_s = time.perf_counter() - began
 
     def __call__(self, condition: Float[np.ndarray, "N L C"]) -> Tree:
@@ -52,10 +53,21 @@ class Generator:
         Raises:
           FloatingPointError: the decoder's output isn't finite.
         """
-        out = np.asarray(self._apply({"params": self._params}, jnp.asarray(condition[None], jnp.float32))[0])
+        out = np.asarray(self._apply(self._variables, jnp.asarray(condition[None], jnp.float32))[0])
         if not np.isfinite(out).all():
             raise FloatingPointError(f"checkpoint {self.step} generates {np.count_nonzero(~np.isfinite(out))} non-finite values")
         return tokens.decode(out, self.layout)
+
+
+def keep_transforms(decoder: HyperConvDecoder, params: Params) -> dict[str, Any]:
+    """Return the decoder's variables, its kernels transformed once unless that takes more than half of the free memory."""
+    def transform(params: Params) -> dict[str, Any]:
+        return prepare(decoder, params)
+
+    stats = jax.devices()[0].memory_stats()
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(transform, params)))
+    return jax.jit(transform)(params) if needed < free / 2 else {"params": jax.device_put(params)}
 
 
 def carried_of(workdir: files.PathLike, about: dict[str, Any]) -> dict[str, np.ndarray] | None:

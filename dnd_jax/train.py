@@ -166,7 +166,7 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     """
     t = config.train
     mesh = sharding.make_mesh(config.mesh)
-    decoder = make_decoder(config, store)
+    decoder = make_decoder(config, store).clone(mesh=mesh)
     tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
     evaluate = jax.jit(make_evaluate(decoder, mask, store.importance), out_shardings=sharding.replicated(mesh))
     held_out = store.split("validation")

@@ -22,7 +22,7 @@ class Decoder(nn.Module):
         self.model = nn.ModuleDict({"decoder": nn.ModuleDict({"module_list": nn.ModuleList(layers)})})
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.model["decoder"]["module_list"]:
+        for layer in self.get_submodule("model.decoder.module_list").children():
             y = layer(x)
             x = x + y if x.shape == y.shape else y
         return x
