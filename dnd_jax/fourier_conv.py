@@ -17,7 +17,7 @@ are four products).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -242,10 +242,13 @@ def _matrices(plan: Plan) -> _Matrices:
     alone = np.array([f in (0, a.length - f) for f in range(plan.half)])
     back_1 = back_1 * np.where(alone, 1, 2)  # the other half of the spectrum is the conjugate of this one
     # What a product of X and W contributes to each of its real components' sum: three products or twice two.
+    kernels: Sequence[tuple[complex, ...]]
+    sums: Sequence[tuple[complex, ...]]
     if plan.karatsuba:
-        rows, kernels, sums = (1, 1j, 1 + 1j), ((1, 1j, 1 + 1j),), ((1 - 1j, -1 - 1j, 1j),)
+        kernels, sums = [(1, 1j, 1 + 1j)], [(1 - 1j, -1 - 1j, 1j)]
     else:
-        rows, kernels, sums = (1, 1j), ((1,), (1j,)), ((1, 1j), (1j, -1))
+        kernels, sums = [(1,), (1j,)], [(1, 1j), (1j, -1)]
+    rows = (1, 1j, 1 + 1j)[:3 if plan.karatsuba else 2]
     repeat = functools.partial(_repeated, times=plan.half)
     return _Matrices(
         _stack([forward_1.real, forward_1.imag]), repeat(_components(forward_2, rows)),

@@ -26,13 +26,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from dnd_jax import cli, files, released
-from dnd_jax.decoder import HyperConvDecoder, prepare
+from dnd_jax.decoder import HyperConvDecoder, plane_conv, prepare
 from dnd_jax.types import InputError
 from experiments.benchmarks import accelerator
 from experiments.configs import tenants
@@ -60,39 +61,56 @@ def rows_of(only: list[str], taps: list[int], batches: list[int]) -> Iterator[tu
                     yield name, k, batch
 
 
-def ours(name: str, decoder: HyperConvDecoder, params: Any, x: np.ndarray, target: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """Return what is timed, compiled; each returns host arrays' worth of finished work."""
+class OneConvolution(nn.Module):
+    """Only the last convolution of a layer, with the names and attributes that are used of a decoder."""
+
+    features: tuple[tuple[int, int, int], ...]
+    kernel_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.features[1][0], self.features[0][0], self.kernel_size, self.kernel_size)
+        return plane_conv(x, self.param("weight", nn.initializers.normal(0.01), shape), "BNMD,MD->BOMD")
+
+
+def ours(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Return what is timed, jitted; each call waits until its result is there."""
     def apply(variables: Any, x: jax.Array) -> jax.Array:
         y: Any = decoder.apply(variables, x)
         return y
 
-    forward, x, target = jax.jit(apply), jnp.asarray(x), jnp.asarray(target)
-    step = jax.jit(jax.grad(lambda p, x: jnp.square(apply({"params": p}, x) - target).mean()))
-    kept = jax.jit(lambda p: prepare(decoder, p, len(x)))(params)
-    return {"forward": lambda: forward({"params": params}, x).block_until_ready(),
-            "kept": lambda: forward(kept, x).block_until_ready(),
-            "step": lambda: jax.block_until_ready(step(params, x))}
+    forward, source, wanted = jax.jit(apply), jnp.asarray(x), jnp.asarray(target)
+    step = jax.jit(jax.grad(lambda p, x, wanted: jnp.square(apply({"params": p}, x) - wanted).mean()))
+    calls = {"forward": lambda: forward({"params": params}, source).block_until_ready(),
+             "step": lambda: jax.block_until_ready(step(params, source, wanted))}
+    if isinstance(decoder, HyperConvDecoder):
+        kept = jax.jit(lambda p: prepare(decoder, p, len(x)))(params)
+        calls["kept"] = lambda: forward(kept, source).block_until_ready()
+    return calls
 
 
-def theirs(decoder: HyperConvDecoder, params: Any, x: np.ndarray, target: np.ndarray) -> dict[str, dict[str, Callable[[], Any]]]:
+def theirs(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray) -> dict[str, dict[str, Callable[[], Any]]]:
     """Return for each setting of PyTorch what is timed."""
     import torch
 
     from tests.torch_decoder import Decoder
 
-    state = {key: torch.tensor(value) for key, value in released.params_to_torch(params).items()}
+    whole = isinstance(decoder, HyperConvDecoder)
+    weights = released.params_to_torch(params) if whole else {"weight": np.asarray(params["weight"])}
+    state = {key: torch.tensor(value) for key, value in weights.items()}
     picture, wanted = torch.tensor(x), torch.tensor(target)
     compilers = [False, True] if shutil.which("g++") or shutil.which("clang++") else [False]
     found = {}
     for compiled in compilers:
         for last in (False, True):
             for half in (False, True):
-                module = Decoder(decoder.features, decoder.kernel_size)
+                module: Any = Decoder(decoder.features, decoder.kernel_size) if whole else torch.nn.Conv2d(
+                    decoder.features[0][0], decoder.features[1][0], decoder.kernel_size, padding="same", bias=False)
                 module.load_state_dict(state)
                 if last:
                     module.to(memory_format=torch.channels_last)
                 run = torch.compile(module) if compiled else module
-                setting = " ".join(filter(None, ("compile" if compiled else "eager", last and "channels-last", half and "bf16")))
+                setting = ("compile" if compiled else "eager") + last * " channels-last" + half * " bf16"
                 found[setting] = _timed_in_torch(module, run, picture, wanted, half)
     return found
 
@@ -122,18 +140,18 @@ def measure(name: str, k: int, batch: int, cores: int, repeats: int) -> list[dic
 
     torch.set_num_threads(cores)
     torch._dynamo.reset()
-    decoder = HyperConvDecoder(DECODERS[name], k)
+    decoder = (OneConvolution if name == "k11" else HyperConvDecoder)(DECODERS[name], k)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, *decoder.features[0])).astype(np.float32)
     target = rng.normal(size=(batch, *decoder.features[-1])).astype(np.float32)
     params = jax.jit(decoder.init)(jax.random.key(0), x[:1])["params"]
-    mine, yours = ours(name, decoder, params, x, target), theirs(decoder, params, x, target)
+    mine, yours = ours(decoder, params, x, target), theirs(decoder, params, x, target)
     expected = np.asarray(yours["eager"]["forward"]())
     error = np.abs(np.asarray(mine["forward"]()) - expected).max() / np.abs(expected).max()
     if not error <= 1e-5:
         raise InputError(f"{name}, k={k}: outputs differ from PyTorch's by {error:.1e} of the largest, at most 1e-5 is parity")
     rows = []
-    for what in ("forward", "kept", "step"):
+    for what in mine:
         theirs_of = {setting: calls["step" if what == "step" else "forward"] for setting, calls in yours.items()}
         seconds = interleaved({"ours": mine[what], **theirs_of}, repeats)
         half = {s: t for s, t in seconds.items() if s.endswith("bf16")}
