@@ -66,7 +66,7 @@ def joined(args: Any) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         raise InputError(f"joining the other processes failed: {error}") from error
     if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open until the process ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what native libraries print too
     try:
         yield
     except InputError:

@@ -3,17 +3,20 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, make_store, run_module, tiny_config, train_command
 
-from dnd_jax import checkpoints, pairs, sharding, train, workdirs
+from dnd_jax import checkpoints, optimizers, pairs, sharding, train, workdirs
+from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.types import InputError
 
 
@@ -91,48 +94,155 @@ def test_without_validation_tasks_the_last_checkpoint_counts(tmp_path, rng):
 
 @pytest.fixture(scope="module")
 def on_one_device(tmp_path_factory):
+    """A store, the workdir of a run on it with one process and one device, and that run's log."""
     folder = tmp_path_factory.mktemp("one")
     store = make_store(folder / "store", np.random.default_rng(0))
-    run_module(*train_command(store, folder / "run"))
-    return store, read_log(folder / "run")
+    train.train(tiny_config(store), pairs.open_store(store), folder / "run")
+    return store, folder / "run", read_log(folder / "run")
+
+
+def assert_same_losses(log, other):
+    for one, two in zip(log, other, strict=True):
+        assert one["step"] == two["step"]
+        for name in ("loss", "validation_loss"):
+            np.testing.assert_allclose(two.get(name, 0), one.get(name, 0), rtol=1e-6, err_msg=str((one["step"], name)))
+
+
+def unfinished(workdir, target):
+    """Return a copy of a finished run's workdir in which the last checkpoint isn't there: it resumes from step 4."""
+    shutil.copytree(workdir, target)
+    shutil.rmtree(target / "checkpoints" / "6")
+    return target
 
 
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-
-
-@pytest.mark.parametrize("data,fsdp,tensor", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
-def test_one_device_equals_every_mesh_of_eight(tmp_path, on_one_device, data, fsdp, tensor):
-    store, log = on_one_device
-    mesh = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
-    run_module(*train_command(store, tmp_path / "run"), *mesh, env=EIGHT)
-    for one, eight in zip(log, read_log(tmp_path / "run"), strict=True):
-        for name in ("loss", "validation_loss"):
-            np.testing.assert_allclose(eight.get(name, 0), one.get(name, 0), rtol=1e-6)
-
-
-CHECK_PLACES = """
-import jax, sys
+ON_EIGHT = """
+import pathlib, sys, jax
 from conftest import tiny_config
 from dnd_jax import pairs, sharding, train
-config = tiny_config(sys.argv[1])
-store = pairs.open_store(config.export.store)
-decoder, mesh = train.make_decoder(config, store), sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-state = train.make_state(config, decoder, mesh)
-parts = jax.tree.leaves(state.opt_state, is_leaf=lambda part: hasattr(part, "mu"))
-adam = next(part for part in parts if hasattr(part, "mu"))
-for tree in (adam.mu, adam.nu):
-    jax.tree.map(lambda a, b: None if a.sharding == b.sharding else sys.exit(f"{a.sharding} {b.sharding}"), tree, state.params)
-print({str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)})
-kernel = state.params["layers_0"]["width_conv_c"]
-print(kernel.shape, kernel.addressable_shards[0].data.shape)
+from dnd_jax.decoder import HyperConvDecoder
+store, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+for name, sizes, settings in (
+        ("8,1,1", (8, 1, 1), {}), ("2,4,1", (2, 4, 1), {}), ("2,2,2", (2, 2, 2), {"accumulate": 2}), ("resumed", (2, 2, 2), {})):
+    config = tiny_config(store, **settings).unlock()
+    config.mesh = dict(zip(sharding.AXES, sizes))
+    train.train(config, pairs.open_store(store), folder / name)
+
+mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+config = tiny_config(store, optimizer="adamw_factored", param_dtype="bfloat16")
+state = train.make_state(config, HyperConvDecoder(((2, 128, 4), (4, 128, 4)), 1), mesh)
+kernel, factored = state.params["layers_0"]["width_conv_l"], state.opt_state[1]
+print(kernel.shape, kernel.addressable_shards[0].data.shape, kernel.sharding.spec)
+print(factored.v_row["layers_0"]["width_conv_l"].shape, factored.v_row["layers_0"]["width_conv_l"].sharding.is_fully_replicated)
+moment = state.opt_state[3].ema["layers_0"]["width_conv_l"]
+print(moment.dtype, moment.sharding == kernel.sharding)
+sharding.check_moments(state)
+whole = jax.device_put(state.opt_state, sharding.replicated(mesh))
+try:
+    sharding.check_moments(train.State(state.step, state.params, whole, state.rng))
+except RuntimeError as error:
+    print(error)
 """
 
 
-def test_optimizer_state_lies_where_its_parameters_lie(store):
+def test_one_device_equals_every_mesh_of_eight(tmp_path, on_one_device):
+    """So does a run that one device began, and one in microbatches; moments lie where their parameters lie."""
+    store, workdir, log = on_one_device
+    unfinished(workdir, tmp_path / "resumed")
     env = {**os.environ, **EIGHT, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    done = subprocess.run([sys.executable, "-c", CHECK_PLACES, store], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", ON_EIGHT, store, tmp_path], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "'tensor', 'fsdp'" in done.stdout and "(6, 4, 3, 3) (3, 2, 3, 3)" in done.stdout
+    for name in ("8,1,1", "2,4,1", "2,2,2", "resumed"):
+        assert_same_losses(log, read_log(tmp_path / name))
+    assert "(128, 128, 1, 1) (64, 64, 1, 1) PartitionSpec('tensor', 'fsdp'" in done.stdout
+    assert "(128, 1, 1) True" in done.stdout and "float32 True" in done.stdout
+    assert "optimizer state" in done.stdout and "its parameter as" in done.stdout
+
+
+def test_two_processes_of_four_devices_equal_one_of_one(tmp_path, on_one_device):
+    """Found by SLURM's variables; the run that they began goes on in one process."""
+    store, _, log = on_one_device
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    pair = []
+    for i in range(2):
+        env = {**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "PYTHONPATH": str(ROOT),
+               "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        command = [*train_command(store, tmp_path / "run"), "--config.mesh.data=4", "--config.mesh.tensor=2"]
+        pair.append(subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True))
+    (_, first), (out, second) = [process.communicate() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], first[-2000:] + second[-2000:]
+    assert_same_losses(log, read_log(tmp_path / "run"))
+    assert "train:" in first and not out and "train:" not in second
+    resumed = unfinished(tmp_path / "run", tmp_path / "resumed")
+    train.train(tiny_config(store), pairs.open_store(store), resumed)
+    assert_same_losses(log, read_log(resumed))
+
+
+def take_steps(config, decoder, batch, count):
+    """Return the losses of some steps on one batch with fresh noise, the state after them and the step's jaxpr."""
+    mesh = sharding.make_mesh()
+    state = train.make_state(config, decoder, mesh)
+    mask, importance = np.ones(decoder.features[-1], bool), np.ones(decoder.features[-1][0], np.float32)
+    step = train.make_train_step(config, decoder, mesh, mask, importance)
+    jaxpr, losses = str(jax.make_jaxpr(step)(state, *batch)), []
+    step = jax.jit(step)
+    for _ in range(count):
+        state, metrics = step(state, *batch)
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), state, jaxpr
+
+
+@pytest.fixture
+def batch(rng):
+    return rng.normal(size=(8, 2, 6, 4)).astype(np.float16), rng.normal(size=(8, 4, 3, 5)).astype(np.float32)
+
+
+def test_microbatches_and_rematerialisation_change_nothing(store, batch):
+    decoder = HyperConvDecoder(((2, 6, 4), (4, 5, 6), (4, 3, 5)), 3)
+    settings = {"learning_rate": 1e-2, "condition_noise": 0.1}
+    whole, state, _ = take_steps(tiny_config(store, **settings), decoder, batch, 4)
+    parts, other, jaxpr = take_steps(tiny_config(store, **settings, accumulate=4), decoder.clone(remat=True), batch, 4)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other.params, state.params)
+    assert "remat" in jaxpr and "scan" in jaxpr and len(set(whole)) == 4
+    with pytest.raises(InputError, match="a batch of 8 does not divide into 3 microbatches"):
+        take_steps(tiny_config(store, accumulate=3), decoder, batch, 1)
+
+
+def test_bfloat16_trains_with_moments_and_losses_in_float32(store, batch):
+    decoder = HyperConvDecoder(((2, 6, 4), (4, 3, 5)), 3)
+    whole, _, _ = take_steps(tiny_config(store, learning_rate=1e-2, steps=100), decoder, batch, 40)
+    config = tiny_config(store, learning_rate=1e-2, steps=100, param_dtype="bfloat16", compute_dtype="bfloat16")
+    losses, state, jaxpr = take_steps(config, decoder.clone(dtype=jnp.bfloat16), batch, 40)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype(jnp.float32)} and len(moments) == 2 * len(jax.tree.leaves(state.params))
+    assert "bf16" in jaxpr and whole[-1] < 0.8 * whole[0]
+    np.testing.assert_allclose(losses, whole, rtol=0.03)
+
+
+def test_rounding_by_chance_keeps_the_mean():
+    x = {"a": jnp.full(40_000, 1 + 2**-10), "b": jnp.full(40_000, -3e-5), "c": jnp.array([0.0, 1.0, -2.5])}
+    kept = optimizers.kept(jax.random.key(0), x, jnp.dtype(jnp.bfloat16))
+    assert set(np.asarray(kept["a"], np.float32)) == {1.0, 1 + 2**-7}
+    np.testing.assert_allclose(np.asarray(kept["a"], np.float64).mean(), 1 + 2**-10, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(kept["b"], np.float64).mean(), -3e-5, rtol=1e-3)
+    np.testing.assert_array_equal(np.asarray(kept["c"], np.float32), x["c"])
+
+
+def test_a_factored_second_moment_trains_in_a_fraction_of_the_memory(store, rng):
+    decoder = HyperConvDecoder(((2, 128, 4), (4, 128, 4)), 1)
+    batch = rng.normal(size=(4, 2, 128, 4)).astype(np.float16), rng.normal(size=(4, 4, 128, 4)).astype(np.float32)
+    config = tiny_config(store, optimizer="adamw_factored", learning_rate=1e-2, steps=60, weight_decay=0.0)
+    losses, state, _ = take_steps(config, decoder, batch, 40)
+    factored = state.opt_state[1]
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, factored)]
+    assert losses[-1] < 0.7 * losses[0] and sizes[1] < sizes[0] / 10
+    with pytest.raises(InputError, match="optimizer is 'sgd', expected 'adamw' or 'adamw_factored'"):
+        optimizers.make_optimizer(tiny_config(store, optimizer="sgd"))
+    with pytest.raises(InputError, match="param_dtype is 'float16', expected one of"):
+        optimizers.dtype_of(tiny_config(store, param_dtype="float16"), "param_dtype")
 
 
 def test_a_parameter_without_a_rule_is_refused():

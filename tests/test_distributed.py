@@ -1,0 +1,126 @@
+"""Several processes as one run: who takes part, how a dead one ends the others, and the job files of clusters."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import yaml
+from conftest import ROOT, make_store, train_command
+
+from dnd_jax import distributed
+from dnd_jax.types import InputError
+
+CLUSTER = ROOT / "experiments" / "cluster"
+
+
+def settings(environ=(), coordinator=None, num_processes=None, process_id=None):
+    flags = types.SimpleNamespace(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+    return distributed.settings(flags, dict(environ))
+
+
+def test_a_process_alone_joins_nothing():
+    assert settings() is None and settings({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}) is None
+    assert settings({"SLURM_STEP_NODELIST": "a", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
+
+
+def test_clusters_are_left_to_jax_and_flags_come_before_them():
+    slurm = {"SLURM_STEP_NODELIST": "a,b", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    for environ in (slurm, {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+                    {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}):
+        assert settings(environ) == {}
+    assert settings(slurm, "host:1", 2, 0) == {"coordinator_address": "host:1", "num_processes": 2, "process_id": 0}
+
+
+@pytest.mark.parametrize("flags", [("host:1", 2, None), (None, 2, 0), ("host:1", 2, 2), ("host", 2, 0)])
+def test_flags_that_do_not_fit_are_refused(flags):
+    with pytest.raises(InputError, match=r"--coordinator is .*--num_processes .*--process_id"):
+        settings((), *flags)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim,number", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP), (1, signal.SIGTERM)])
+def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, rng, victim, number):
+    """Within 30 s, with a message and status; after SIGTERM both save the same step and exit with 0."""
+    store, port = make_store(tmp_path / "store", rng), free_port()
+    command = [sys.executable, "-m", *train_command(store, tmp_path / "run", steps=10**6, validate_every=10**5)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    log = tmp_path / "run" / "metrics.jsonl"
+    pair = [subprocess.Popen([*command, f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}"], cwd=ROOT,
+                             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        while not (log.exists() and log.stat().st_size):
+            assert all(process.poll() is None for process in pair)
+            time.sleep(0.1)
+        pair[victim].send_signal(number)
+        out, err = pair[1 - victim].communicate(timeout=30)
+        if number == signal.SIGTERM:
+            assert [process.wait(30) for process in pair] == [0, 0] and "is saved" in out + pair[victim].stdout.read()
+        else:
+            assert pair[1 - victim].returncode != 0 and "another task died" in err
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+
+
+COMMAND = "python -m dnd_jax.train --config="
+# In place of the cluster's commands: the training process waits for SIGTERM, says so as the real one does, and exits 0.
+STUBS = {
+    "srun": 'exec "$@" >> train-$SLURM_JOB_ID.log',
+    "python": """echo "$@" > arguments
+trap "echo terminated: step 3 is saved; exit 0" TERM
+touch started
+while :; do sleep 0.05; done""",
+    "scontrol": 'echo "$@" > scontrol.arguments',
+}
+
+
+def test_sbatch_runs_the_command_and_requeues_what_was_terminated(tmp_path):
+    script = CLUSTER / "train.sbatch"
+    assert COMMAND in script.read_text() and "#SBATCH --requeue" in script.read_text()
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "sweep").write_text("--workdir=a\n--workdir=b --config.train.learning_rate=1e-4\n")
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SWEEP": "sweep"}
+    process = subprocess.Popen(["bash", script, "x.py:v", "--config.seed=1"], cwd=tmp_path, env=env)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert (tmp_path / "arguments").read_text().split() == [
+        "-m", "dnd_jax.train", "--config=x.py:v", "--config.seed=1", "--workdir=b", "--config.train.learning_rate=1e-4"]
+    assert (tmp_path / "scontrol.arguments").read_text().split() == ["requeue", "7"]
+
+
+def test_jobset_is_an_indexed_job_of_the_command_that_starts_again():
+    jobset = yaml.safe_load((CLUSTER / "jobset.yaml").read_text())
+    assert (jobset["kind"], jobset["apiVersion"]) == ("JobSet", "jobset.x-k8s.io/v1alpha2")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    job = job["template"]["spec"]
+    assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"]  # JAX's detection needs it
+    (container,) = job["template"]["spec"]["containers"]
+    script = container["command"][-1]
+    assert script.startswith(COMMAND) and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    config = script.split("--config=/app/")[1].split(":")[0]
+    assert pathlib.Path(ROOT / config).exists()
+
+
+def test_every_job_file_says_how_it_is_used():
+    for path in CLUSTER.iterdir():
+        comment = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+        assert len(comment) >= 3 and any("experiments/cluster/" + path.name in line for line in comment), path
