@@ -12,7 +12,7 @@ FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with b
 HALF_SPEED = 12  # rows of a product at which it runs at half of that
 OVERHEAD = 300_000.0  # of the many small steps of the Fourier form, ns
 BYTES = 8.0  # to and from memory, GB/s
-CHUNK = {"cpu": 24 << 20, "gpu": 1 << 30, "tpu": 1 << 30}  # bytes of a kernel's spectrum at once; on CPU, of the last cache
+CACHE, MEMORY = 24 << 20, 1 << 30  # bytes of a kernel's spectrum at once: what a CPU's last cache holds, elsewhere
 LEAST_CHANNELS = 32  # of a chunk
 
 
@@ -103,7 +103,7 @@ def _cost(plan: Plan, channels: int) -> float:
 def _chunk(plan: Plan, channels: int, backend: str) -> Plan:
     """Return the plan with output channels in chunks whose spectra stay in a cache (CPU) or in moderate memory."""
     numbers = plan.half * plan.second.length * (3 if plan.karatsuba else 2)
-    least = max(math.ceil(4 * numbers * channels * plan.out / CHUNK[backend]), 1)
+    least = max(math.ceil(4 * numbers * channels * plan.out / (CACHE if backend == "cpu" else MEMORY)), 1)
     least = min(least, max(plan.out // LEAST_CHANNELS, 1))
     chunks = min(range(least, 2 * least + 1), key=lambda n: (n * -(-plan.out // n), n))
     return dataclasses.replace(plan, chunks=chunks, chunk=-(-plan.out // chunks))

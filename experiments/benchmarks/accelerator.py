@@ -64,7 +64,7 @@ def measure_all(path: str | None) -> None:
             try:
                 row |= measure(decoder_of(config))
             except (jax.errors.JaxRuntimeError, RuntimeError) as error:  # does not fit this device's memory
-                row |= {"error": str(error).splitlines()[0][:200]}
+                row |= {"failed": str(error).splitlines()[0][:200]}
             gc.collect()
             print(row, flush=True)
             rows.append(row)
@@ -91,7 +91,7 @@ def measure_ours(decoder: HyperConvDecoder) -> dict[str, Any]:
     stats = device.memory_stats() or {}
     row |= {"adapter_ms": 1000 * adapter, "direct_tflops_over_peak": decoder.flops / adapter / 1e12 / peak,
             "peak_gb": stats.get("peak_bytes_in_use", float("nan")) / 1e9}
-    return row | {"error": errors()}
+    return row | {"relative_error": errors()}
 
 
 def errors() -> dict[str, float]:
