@@ -2,7 +2,12 @@
 
     python -m dnd_jax.evaluate --config=experiments/configs/tenants.py --workdir=build/tenants/run
 
-Writes `report.json` and `report.html` to the workdir. What a rung chooses, it chooses on validation tasks.
+Writes `report.json` and `report.html` to the workdir. What a rung chooses, it chooses on validation tasks. Answers are scored by
+`config.evaluate.scoring`, one of `scoring.kinds`.
+
+    python -m dnd_jax.evaluate --base=Qwen/Qwen2.5-0.5B-Instruct --data=FILE.json --scoring=choice [--adapter=DIR]
+
+scores one dataset file, see `score`.
 """
 
 import pathlib
@@ -12,13 +17,16 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from dnd_jax import adapters, baselines, cli, encoders, files, logs, pairs, prompts, report, scoring
+from dnd_jax import adapters, baselines, cli, encoders, files, logs, pairs, prompts, report, score, scoring
 from dnd_jax.audit import audit
 from dnd_jax.baselines import Flat
 from dnd_jax.generate import Generator
+from dnd_jax.scoring import kinds
+from dnd_jax.scoring.kinds import Scores
 from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
@@ -30,6 +38,7 @@ class Evaluation:
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
         self.config, self.e = config, config.evaluate
+        kinds.check(self.e.scoring)
         self.store = pairs.open_store(config.export.store)
         self.generator = Generator(workdir)
         if self.generator.about["layout"] != self.store.manifest["layout"]:
@@ -56,14 +65,20 @@ class Evaluation:
         rng = np.random.default_rng((self.config.seed, 2, draw, *task.name.encode()))
         return task.condition[pairs.draw_prompts(rng, len(task.condition), self.generator.prompts)]
 
-    def answers(self, flat: Flat, task: pairs.Task) -> list[str]:
+    def ask(self, task: pairs.Task, **how: Any) -> Scores:
+        """Score what the model answers to a task as it is now."""
+        known = {row.response for part in self.rows.values() for row in part[task.name]}
+        return kinds.score(self.e.scoring, self.model, self.rows["test"][task.name], known=known, samples=self.e.samples,
+                           temperature=self.e.temperature, **how)
+
+    def scores(self, flat: Flat, task: pairs.Task) -> Scores:
         self.model.use(unflatten_dict(flat, sep="/"), self.store.spec)
-        return self.model.answer(self.rows["test"][task.name])
+        return self.ask(task)
 
     def validate(self, make: MakeAdapter) -> float:
-        """Return the mean exact match on validation tasks over prompt draws."""
-        return float(np.mean([scoring.exact_match(self.answers(make(task, d), task), self.rows["test"][task.name])
-                              for task in self.validation for d in range(self.e.draws)]))
+        """Return the mean score on the rows of validation tasks over prompt draws."""
+        return float(np.mean(np.concatenate([self.scores(make(task, d), task).main
+                                             for task in self.validation for d in range(self.e.draws)])))
 
     def best(self, candidates: Iterable[tuple[Any, MakeAdapter]]) -> tuple[Any, MakeAdapter]:
         """Return the candidate that is best on validation tasks, the first of equals."""
@@ -80,7 +95,7 @@ def fixed(flat: Flat) -> MakeAdapter:
 
 def best_single(ev: Evaluation) -> tuple[str, MakeAdapter]:
     """Choose the training adapter that serves the validation tasks best."""
-    scores = [np.mean([scoring.exact_match(ev.answers(flat, t), ev.rows["test"][t.name]).mean() for t in ev.validation])
+    scores = [np.mean([ev.scores(flat, t).main.mean() for t in ev.validation])
               for flat in tqdm(ev.known, desc="best single", leave=False)]
     chosen = int(np.argmax(scores))
     return ev.train[chosen].name, fixed(ev.known[chosen])
@@ -145,21 +160,20 @@ def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
     }
 
 
-def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[list[str]]]], dict[str, str]]:
-    """Return the answers of every rung by test task and prompt draw, and what the rungs chose."""
-    tests = [ev.rows["test"][task.name] for task in ev.test]
+def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[Scores]]], dict[str, str]]:
+    """Return the scores of every rung by test task and prompt draw, and what the rungs chose."""
     examples = [ev.rows["train"][task.name][: ev.e.in_context_examples] for task in ev.test]
-    answers = {"base": [[ev.model.answer(rows, adapter=False)] for rows in tests],
-               "in_context": [[ev.model.answer(rows, adapter=False, examples=shown)]
-                              for rows, shown in zip(tests, examples, strict=True)]}
+    scores = {"base": [[ev.ask(task, adapter=False)] for task in ev.test],
+              "in_context": [[ev.ask(task, adapter=False, examples=shown)]
+                             for task, shown in zip(ev.test, examples, strict=True)]}
     flat, spec = baselines.mean_product(ev.known, ev.store.spec)
     ev.model.use(unflatten_dict(flat, sep="/"), spec)
-    answers["mean_product"] = [[ev.model.answer(rows)] for rows in tests]
+    scores["mean_product"] = [[ev.ask(task)] for task in ev.test]
     rungs = adapter_rungs(ev)
     for name, (make, _) in tqdm(rungs.items(), desc="rungs"):
         draws = ev.e.draws if name in report.DRAWN else 1
-        answers[name] = [[ev.answers(make(task, d), task) for d in range(draws)] for task in ev.test]
-    return answers, {name: note for name, (_, note) in rungs.items() if note}
+        scores[name] = [[ev.scores(make(task, d), task) for d in range(draws)] for task in ev.test]
+    return scores, {name: note for name, (_, note) in rungs.items() if note}
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -182,20 +196,27 @@ def cost(ev: Evaluation, workdir: pathlib.Path) -> dict[str, float | None]:
 
 
 def define_flags() -> None:
-    cli.define_config()
-    cli.define_string("workdir", "Folder of a training run.")
+    cli.define_config(required=False)
+    flags.DEFINE_string("workdir", None, "Folder of a training run.")
+    score.define_flags()
 
 
 def main(args: Any) -> None:
-    config, workdir = args.config, pathlib.Path(args.workdir)
+    if args.data is not None:
+        return score.main(args)
+    if args.config is None or args.workdir is None:
+        raise InputError("command line: expected --config and --workdir, for the ladder, or --base and --data, for one file")
+    return climb(args.config, pathlib.Path(args.workdir))
+
+
+def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Ask for every rung on the test tasks and write the report."""
     ev = Evaluation(config, workdir)
     test = {task.name: ev.rows["test"][task.name] for task in ev.test}
     found = audit(test, ev.rows["train"])
     if found["findings"]:
         raise InputError(f"{config.tasks}: {'; '.join(found['findings'])}")
-    answers, notes = ask_all(ev)
-    responses = [{row.response for part in ev.rows.values() for row in part[name]} for name in test]
-    result = report.summarise(answers, list(test.values()), responses, list(test), notes)
+    result = report.summarise(*ask_all(ev), list(test))
     result |= {"cost": cost(ev, workdir), "audit": found, "checkpoint": ev.generator.step}
     report.write(result, workdir)
     print(report.table(result))

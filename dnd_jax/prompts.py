@@ -64,12 +64,15 @@ def load_tokenizer(base: str) -> Any:
     return tokenizer
 
 
+def messages(row: Row) -> list[dict[str, str]]:
+    """Return a prompt as a chat."""
+    return [*([{"role": "system", "content": row.system}] if row.system else []), {"role": "user", "content": row.prompt}]
+
+
 def prompt_ids(tokenizer: Any, row: Row) -> list[int]:
     """Return the ids of a prompt: through the chat template where the tokenizer has one, else the bare text."""
     if tokenizer.chat_template:
-        messages = [{"role": "system", "content": row.system}] if row.system else []
-        messages.append({"role": "user", "content": row.prompt})
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(messages(row), add_generation_prompt=True, return_dict=False)
     return tokenizer(f"{row.system}\n{row.prompt}" if row.system else row.prompt).input_ids
 
 

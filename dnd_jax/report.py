@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from dnd_jax import files, logs
-from dnd_jax.prompts import Row
-from dnd_jax.scoring import exact_match
+from dnd_jax.scoring.kinds import Scores
 from dnd_jax.statistics import Bootstrap
 
 LABEL_FREE = ("base", "in_context", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge",
@@ -18,30 +17,27 @@ LABEL_FREE = ("base", "in_context", "mean_adapter", "mean_product", "best_single
 ORDER = (*LABEL_FREE, "dnd", "dnd_shuffled", "dnd_random_text", "in_task")
 DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")
 
-Answers = Mapping[str, Sequence[Sequence[Sequence[str]]]]
-
-
-def summarise(answers: Answers, rows: Sequence[Sequence[Row]], responses: Sequence[set[str]], tasks: Sequence[str],
-              notes: Mapping[str, str]) -> dict[str, Any]:
-    """Score answers by exact match and compare the rungs.
+def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[str, str], tasks: Sequence[str]) -> dict[str, Any]:
+    """Compare the rungs by the metric that counts; others are means beside it.
 
     Args:
-      answers: by rung, task, prompt draw and row.
-      rows: test rows by task.
-      responses: what counts as an answer of a task at all; the rate of others is the rung's `unparsable`.
-      tasks: names of the test tasks.
+      found: scores by rung, task and prompt draw.
       notes: what a rung chose on the validation tasks.
+      tasks: names of the test tasks.
     """
-    bootstrap = Bootstrap([len(r) for r in rows])
-    scores = {name: [np.mean([exact_match(draw, r) for draw in task], axis=0) for task, r in zip(found, rows, strict=True)]
-              for name, found in answers.items()}
+    metric, *others = found["dnd"][0][0].metrics
+    scores = {name: [np.mean([draw.main for draw in task], axis=0) for task in rung] for name, rung in found.items()}
+    bootstrap = Bootstrap([len(task) for task in scores["dnd"]])
     rungs: dict[str, Any] = {}
     differences: dict[str, Any] = {}
     for name in ORDER:
         mean, interval = bootstrap.interval(scores[name])
-        strange = [a not in known for task, known in zip(answers[name], responses, strict=True) for draw in task for a in draw]
+        strange = np.concatenate([draw.unparsable for task in found[name] for draw in task])
         rungs[name] = {"mean": mean, "ci95": interval, "unparsable": float(np.mean(strange)),
                        "per_task": {t: float(s.mean()) for t, s in zip(tasks, scores[name], strict=True)}}
+        if others:
+            rungs[name]["metrics"] = {other: float(np.mean([[d.metrics[other].mean() for d in task] for task in found[name]]))
+                                      for other in others}
         if name in notes:
             rungs[name]["chosen"] = notes[name]
         if name != "dnd":
@@ -50,7 +46,8 @@ def summarise(answers: Answers, rows: Sequence[Sequence[Row]], responses: Sequen
             signs = [np.sign(round(float(gap.mean()), 9)) for gap in gaps]
             differences[f"dnd-{name}"] = {"mean": mean, "ci95": interval, "won": signs.count(1), "lost": signs.count(-1)}
     best = max(LABEL_FREE, key=lambda name: float(rungs[name]["mean"]))
-    return {"rungs": rungs, "differences": differences, "best_label_free": best, "verdict": verdict(rungs, differences, best)}
+    return {"scoring": metric, "rungs": rungs, "differences": differences, "best_label_free": best,
+            "verdict": verdict(rungs, differences, best)}
 
 
 def verdict(rungs: dict[str, Any], differences: dict[str, Any], best: str) -> str:
@@ -69,12 +66,16 @@ def verdict(rungs: dict[str, Any], differences: dict[str, Any], best: str) -> st
 
 def table(result: dict[str, Any]) -> str:
     """Return the ladder as text."""
-    lines = [f"{'rung':<16}{'mean':>7}  {'95% interval':<16}{'unparsable':>10}  {'DnD minus rung':<26}{'won-lost':>8}"]
+    others = list(result["rungs"]["dnd"].get("metrics", {}))
+    lines = [f"{'rung':<16}{'mean':>7}  {'95% interval':<16}{'unparsable':>10}  {'DnD minus rung':<26}{'won-lost':>8}"
+             + "".join(f"  {other}" for other in others)]
     for name, rung in result["rungs"].items():
         line = f"{name:<16}{rung['mean']:>7.1%}  {_interval(rung['ci95']):<16}{rung['unparsable']:>10.1%}  "
         if difference := result["differences"].get(f"dnd-{name}"):
             gap = f"{difference['mean']:+.1%} ({_interval(difference['ci95'])})"
             line += f"{gap:<26}{difference['won']:>4}-{difference['lost']}"
+        if others:
+            line = f"{line:<87}" + "".join(f"  {rung['metrics'][other]:>{len(other)}.1%}" for other in others)
         lines.append(line.rstrip())
     c = result["cost"]
     pays = f"{c['adapters_to_break_even']:.0f} adapters" if c["adapters_to_break_even"] else "never"
@@ -99,7 +100,7 @@ svg{{max-width:100%;height:auto}}pre{{overflow-x:auto;background:#f6f6f6;padding
 <h1>Adapters generated for held-out tasks</h1>
 <p><strong>{html.escape(result["verdict"])}</strong></p>
 {body}<h2>Table</h2>
-<p>Exact match of greedy answers; intervals by bootstrap over tasks and items; differences are paired.
+<p>Scored by {result["scoring"].replace("_", " ")}; intervals by bootstrap over tasks and items; differences are paired.
 <em>in_context</em> sees four labelled examples, <em>in_task</em> is trained on the task's labels, the others on neither.</p>
 <pre>{html.escape(table(result))}</pre></body></html>
 """)
@@ -135,7 +136,7 @@ def _ladder(result: dict[str, Any]) -> str:
     for y, (mean, high) in enumerate(zip(means, [r["ci95"][1] for r in rungs], strict=True)):
         axes.text(high + 0.012, y, f"{mean:.0%}", va="center", fontsize=9)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("exact match on held-out tasks, 95% interval")
+    axes.set_xlabel(f"{result['scoring'].replace('_', ' ')} on held-out tasks, 95% interval")
     return _svg(figure)
 
 
@@ -149,7 +150,7 @@ def _per_task(result: dict[str, Any]) -> str:
     axes.set_yticks(range(len(tasks)), tasks)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_xlim(-0.03, 1.03)
-    axes.set_xlabel("exact match")
+    axes.set_xlabel(result["scoring"].replace("_", " "))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
     return _svg(figure)
 

@@ -21,7 +21,7 @@ from experiments.configs import tenants
 
 ADAPTERS = tuple(f"dnd_jax/adapters/{name}.py" for name in (
     "spec", "patterns", "keys", "consistency", "tensor_files", "folder", "gauge"))
-SCORING = tuple(f"dnd_jax/scoring/{name}.py" for name in ("__init__", "model"))
+SCORING = tuple(f"dnd_jax/scoring/{name}.py" for name in ("__init__", "kinds", "model"))
 CODE = {
     "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),
     "collect": ("data_pipeline/collect.py", "data_pipeline/fine_tuning.py", "dnd_jax/tasks.py", "dnd_jax/sources.py",

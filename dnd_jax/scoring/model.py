@@ -1,5 +1,11 @@
-"""Ask a base model with an adapter, by transformers and PEFT: greedy answers, exact match. Imports torch lazily."""
+"""Ask a base model with an adapter, by transformers and PEFT: greedy answers, samples, log-likelihoods. Imports torch lazily.
 
+A base of vision and language is loaded with its processor, which rows with images need; the base has its own dtype.
+"""
+
+import contextlib
+import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,22 +15,32 @@ from flax.traverse_util import flatten_dict
 from dnd_jax import adapters, prompts
 from dnd_jax.adapters import Spec
 from dnd_jax.prompts import Row
-from dnd_jax.types import Tree
+from dnd_jax.types import InputError, Tree
+
+IDS = "input_ids"
+PLACEHOLDER = re.compile(r"<image\d*>\s?")  # where the data's text names an image; images come before the text
+# What is asked: token ids under IDS, and of rows with images what the processor made of these, a value a token or a tensor.
+Question = dict[str, Any]
 
 
 class Model:
-    """A base model that answers with one adapter at a time, on the best device."""
+    """A base model that answers with one adapter at a time, or without, on the best device."""
 
-    def __init__(self, base: str, spec: Spec, batch_size: int, max_new_tokens: int):
+    def __init__(self, base: str, spec: Spec | None, batch_size: int, max_new_tokens: int):
         import torch
-        from peft import get_peft_model
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-        self._tokenizer = prompts.load_tokenizer(base)
-        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
-        model: Any = AutoModelForCausalLM.from_pretrained(base)
+        self.base, self._batch_size, self._max_new_tokens = base, batch_size, max_new_tokens
+        self.tokenizer = prompts.load_tokenizer(base)
+        vision = hasattr(AutoConfig.from_pretrained(base), "vision_config")
+        kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        model: Any = kind.from_pretrained(base)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._model: Any = get_peft_model(model, _lora_config(spec), adapter_name=_name(spec)).eval()
+        if spec:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, _lora_config(spec), adapter_name=_name(spec))
+        self.model: Any = model.eval()
 
     def use(self, tree: Tree, spec: Spec) -> None:
         """Answer with this adapter from now on."""
@@ -32,48 +48,175 @@ class Model:
         from peft import set_peft_model_state_dict
 
         name = _name(spec)
-        if name not in self._model.peft_config:
-            self._model.add_adapter(name, _lora_config(spec))
-        self._model.set_adapter(name)
+        if name not in self.model.peft_config:
+            self.model.add_adapter(name, _lora_config(spec))
+        self.model.set_adapter(name)
         flat = flatten_dict(tree, sep="/")
         state = {adapters.key_of(p): torch.from_numpy(np.ascontiguousarray(v, np.float32)) for p, v in flat.items()}
         state |= {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in spec.carried.items()}
-        set_peft_model_state_dict(self._model, state, adapter_name=name)
+        set_peft_model_state_dict(self.model, state, adapter_name=name)
 
     def answer(self, rows: Sequence[Row], *, adapter: bool = True, examples: Sequence[Row] = ()) -> list[str]:
         """Return greedy answers; with `adapter=False` the base model's, with `examples` shown before each prompt."""
-        shown = []
+        return [text.strip() for text in self._generate(rows, adapter, examples, do_sample=False)]
+
+    def sample(self, rows: Sequence[Row], samples: int, temperature: float, *, seed: int = 0, adapter: bool = True,
+               examples: Sequence[Row] = ()) -> list[list[str]]:
+        """Return several answers to each row, as they are, drawn at a temperature."""
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            found = self._generate(rows, adapter, examples, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+                                   num_return_sequences=samples)
+        return [found[start : start + samples] for start in range(0, len(found), samples)]
+
+    def loglikelihood(self, rows: Sequence[Row], options: Sequence[Sequence[str]], *, adapter: bool = True,
+                      examples: Sequence[Row] = ()) -> list[np.ndarray]:
+        """Return for each row the log-probability of each of its options as the beginning of the answer."""
+        questions = self.questions(rows, examples)
+        pairs = [(question, self.tokenizer(option, add_special_tokens=False).input_ids)
+                 for question, found in zip(questions, options, strict=True) for option in found]
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0][IDS]))
+        values = np.zeros(len(pairs))
+        with self._mode(adapter):
+            for start in range(0, len(order), self._batch_size):
+                chosen = order[start : start + self._batch_size]
+                values[chosen] = _loglikelihoods(self.model, [pairs[i] for i in chosen], self.tokenizer.eos_token_id)
+        return np.split(values, np.cumsum([len(found) for found in options])[:-1])
+
+    def questions(self, rows: Sequence[Row], examples: Sequence[Row] = ()) -> list[Question]:
+        """Return what is asked for each row, with solved examples before it."""
+        shown: Question = {IDS: []}
         for row in examples:
-            shown += prompts.prompt_ids(self._tokenizer, row) + prompts.response_ids(self._tokenizer, row)
-        ids = [shown + prompts.prompt_ids(self._tokenizer, row) for row in rows]
+            shown = _join(_join(shown, self._question(row)), {IDS: prompts.response_ids(self.tokenizer, row)})
+        return [_join(shown, self._question(row)) for row in rows]
+
+    def _question(self, row: Row) -> Question:
+        if not row.images:
+            return {IDS: prompts.prompt_ids(self.tokenizer, row)}
+        text = PLACEHOLDER.sub("", row.prompt)
+        if self._processor.chat_template:
+            messages: list[dict[str, Any]] = [{"role": "system", "content": row.system}] if row.system else []
+            content = [*({"type": "image"} for _ in row.images), {"type": "text", "text": text}]
+            messages.append({"role": "user", "content": content})
+            text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        else:
+            text = "\n".join(filter(None, (row.system, self._processor.image_token * len(row.images) + text)))
+        found = dict(self._processor(text=[text], images=[_open(image) for image in row.images], return_tensors="pt"))
+        del found["attention_mask"]
+        length = found[IDS].shape[1]
+        return {key: value[0].tolist() if tuple(value.shape) == (1, length) else value for key, value in found.items()}
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        from transformers import AutoProcessor, ProcessorMixin
+
+        try:
+            processor: Any = AutoProcessor.from_pretrained(self.base)
+        except (ImportError, OSError, ValueError) as error:
+            raise InputError(f"{self.base}: a row has images, and there is no processor: {str(error).strip().splitlines()[0]}"
+                             ) from error
+        if not isinstance(processor, ProcessorMixin):
+            raise InputError(f"{self.base}: a row has images, which this base doesn't take")
+        return processor
+
+    def _generate(self, rows: Sequence[Row], adapter: bool, examples: Sequence[Row], **how: Any) -> list[str]:
+        questions = self.questions(rows, examples)
         answers = []
-        for start in range(0, len(ids), self._batch_size):
-            chunk = ids[start : start + self._batch_size]
-            if adapter:
-                answers += greedy(self._model, self._tokenizer, chunk, self._max_new_tokens)
-            else:
-                with self._model.disable_adapter():
-                    answers += greedy(self._model, self._tokenizer, chunk, self._max_new_tokens)
+        with self._mode(adapter):
+            for start in range(0, len(questions), self._batch_size):
+                chunk = questions[start : start + self._batch_size]
+                answers += _continue(self.model, self.tokenizer, chunk, self._max_new_tokens, **how)
         return answers
+
+    def _mode(self, adapter: bool) -> Any:
+        return contextlib.nullcontext() if adapter or not hasattr(self.model, "peft_config") else self.model.disable_adapter()
 
 
 def greedy(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Return the model's greedy continuations of token ids, padded to the left, as one batch."""
-    import torch
-
-    width, end = max(map(len, ids)), tokenizer.eos_token_id
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=torch.tensor([[end] * (width - len(x)) + list(x) for x in ids], device=model.device),
-            attention_mask=torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=model.device),
-            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=end,
-        )
-    return [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+    """Return the model's greedy continuations of token ids, as one batch."""
+    questions = [{IDS: list(x)} for x in ids]
+    return [text.strip() for text in _continue(model, tokenizer, questions, max_new_tokens, do_sample=False)]
 
 
 def exact_match(answers: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
     """Return 1.0 for each answer equal to its row's response, else 0.0."""
     return np.array([float(a == row.response.strip()) for a, row in zip(answers, rows, strict=True)])
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def _continue(model: Any, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int, **how: Any) -> list[str]:
+    import torch
+
+    inputs = _collate(questions, tokenizer.eos_token_id, model.device, left=True)
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **how)
+    return tokenizer.batch_decode(out[:, inputs[IDS].shape[1] :], skip_special_tokens=True)
+
+
+def _loglikelihoods(model: Any, pairs: Sequence[tuple[Question, list[int]]], fill: int) -> np.ndarray:
+    """Return the log-probability of each continuation of its question, as one batch."""
+    import torch
+
+    inputs = _collate([_join(question, {IDS: ids}) for question, ids in pairs], fill, model.device, left=False)
+    width = inputs[IDS].shape[1]
+    begins = [len(question[IDS]) - 1 for question, _ in pairs]  # what stands there predicts the first token
+    with torch.inference_mode():
+        logits = model(**inputs, logits_to_keep=width - min(begins)).logits
+        first = width - logits.shape[1]
+        values = []
+        for row, begin, (_, ids) in zip(logits, begins, pairs, strict=True):
+            chosen = row[begin - first : begin - first + len(ids)].float().log_softmax(-1)
+            values.append(chosen.gather(1, torch.tensor(ids, device=row.device)[:, None]).double().sum().item())
+    return np.array(values)
+
+
+def _collate(questions: Sequence[Question], fill: int, device: Any, *, left: bool) -> dict[str, Any]:
+    """Return model inputs: what has a value a token padded to one side, what is of images one after the other."""
+    import torch
+
+    width = max(len(question[IDS]) for question in questions)
+
+    def pad(values: list[int], value: int) -> list[int]:
+        padding = [value] * (width - len(values))
+        return padding + values if left else values + padding
+
+    inputs = {"attention_mask": torch.tensor([pad([1] * len(q[IDS]), 0) for q in questions])}
+    for key in dict.fromkeys(key for question in questions for key in question):
+        found = [q[key] for q in questions if key in q]
+        if isinstance(found[0], list):
+            inputs[key] = torch.tensor([pad(q.get(key, [0] * len(q[IDS])), fill if key == IDS else 0) for q in questions])
+        else:
+            inputs[key] = torch.cat(found)
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
+def _join(first: Question, second: Question) -> Question:
+    """Return one question after the other."""
+    import torch
+
+    joined: Question = {}
+    for key in {**first, **second}:
+        if any(isinstance(q.get(key), torch.Tensor) for q in (first, second)):
+            joined[key] = torch.cat([q[key] for q in (first, second) if key in q])
+        else:
+            joined[key] = [v for q in (first, second) for v in q.get(key, [0] * len(q[IDS]))]
+    return joined
+
+
+def _open(image: Any) -> Any:
+    from PIL import Image
+
+    if not isinstance(image, str):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except OSError as error:
+        raise InputError(f"{image}: {error}") from error
 
 
 def _name(spec: Spec) -> str:

@@ -44,5 +44,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         return math.get_config("1.5b", name=name, **variant)
     settings = {
         "listed": common.tasks([s for s in common_sense.SETS if s != "ARC-c"], ["ARC-c"]), "prompts": 128, "length": 384,
-        "blocks": common_sense.BLOCKS, "kernel_size": 9, "batch_size": 64, "steps": 3000, "checkpoints": 50, **variant}
+        "blocks": common_sense.BLOCKS, "kernel_size": 9, "batch_size": 64, "steps": 3000, "checkpoints": 50,
+        "max_new_tokens": 16, **variant}
     return common.published(name, "0.5b", **settings)

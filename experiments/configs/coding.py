@@ -26,4 +26,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     model = arg or "1.5b"
     return common.published(
         f"coding/{model}", model, listed=common.tasks(SETS, ["HumanEval"]), prompts=16, length=26624, shortened=1000, pool=512,
-        kernel_size=11, batch_size=48, **variant)
+        kernel_size=11, batch_size=48, scoring="code", **variant)

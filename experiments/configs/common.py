@@ -37,7 +37,7 @@ def published(
     name: str, model: str, *, listed: Mapping[str, Any], prompts: int, length: int, blocks: Sequence[tuple[int, int, int]],
     kernel_size: int, batch_size: int, steps: int, checkpoints: int, shortened: int | None = None, rows: int = 5000,
     cut_off: int = 2048, encoder: Mapping[str, Any] = MINILM, width: int = MINILM_WIDTH, form: str = "prompt",
-    pool: int | None = None,
+    pool: int | None = None, scoring: str = "choice", max_new_tokens: int = 512,
 ) -> ml_collections.ConfigDict:
     """Return the config of one published experiment.
 
@@ -59,6 +59,8 @@ def published(
       width: C, channels of the encoder.
       form: of the conditions.
       pool: prompts that conditions are drawn from, None for all.
+      scoring: of the answers, of `dnd_jax.scoring.kinds`; of code, ten samples at temperature 0.8.
+      max_new_tokens: of an answer.
     """
     base, rank, shapes = MODELS[model]
     config = ml_collections.ConfigDict()
@@ -85,7 +87,8 @@ def published(
         "prefetch": 4, "log_every": 10, "validate_every": 100, "validation_draws": 4,
     }
     config.evaluate = {
-        "draws": 3, "batch_size": 32, "max_new_tokens": 256, "in_context_examples": 4, "ridge_draws": 8,
+        "scoring": scoring, "samples": 10, "temperature": 0.8, "max_new_tokens": max_new_tokens, "draws": 3, "batch_size": 32,
+        "in_context_examples": 4, "ridge_draws": 8,
         "top_k": (2, 4), "temperatures": (0.05, 0.2, 1.0), "penalties": (1e-4, 1e-2, 1.0),
     }
     return config.lock()

@@ -25,4 +25,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     train = ("ARC-e", "BoolQ", "PIQA", "HellaSwag") if left_out == "WinoGrande" else tuple(s for s in SETS if s != left_out)
     return common.published(
         f"common_sense/{left_out}", "0.5b", listed=common.tasks(train, [left_out]), prompts=128, length=384, blocks=BLOCKS,
-        kernel_size=9, batch_size=64, steps=steps, checkpoints=50)
+        kernel_size=9, batch_size=64, steps=steps, checkpoints=50, max_new_tokens=16)

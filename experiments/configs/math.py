@@ -25,4 +25,4 @@ def get_config(arg: str = "", **changes: object) -> ml_collections.ConfigDict:
     settings = {"name": f"math/{model}", "length": 4608, "steps": 5000, "pool": 2048} | variant | changes
     return common.published(
         model=model, listed=common.tasks(SETS, ["GSM8K", "MATH"]), shortened=1000, kernel_size=11, checkpoints=80,
-        rows=10_000, cut_off=4400, **settings)
+        rows=10_000, cut_off=4400, scoring="final_answer", max_new_tokens=1024, **settings)

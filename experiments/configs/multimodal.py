@@ -18,4 +18,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     return common.published(
         "multimodal/3b", common.choose(VARIANTS, arg, "3b"), listed=common.tasks(["MathV360K"], ["MathVision", "MathVista"]),
         prompts=16, length=1536, blocks=((64, 500, 300), (256, 125, 300), (1024, 64, 300), (2048, 16, 256)), kernel_size=11,
-        batch_size=64, steps=5000, checkpoints=100)
+        batch_size=64, steps=5000, checkpoints=100, scoring="vision")

@@ -1,0 +1,60 @@
+"""Score one dataset file on a base model, alone or with an adapter; or write it as a task of lm-evaluation-harness.
+
+    python -m dnd_jax.evaluate --base=Qwen/Qwen2.5-0.5B-Instruct --data=ARC-c_test.json --scoring=choice --adapter=adapters/new
+    python -m dnd_jax.evaluate --base=Qwen/Qwen2.5-0.5B-Instruct --data=ARC-c_test.json --scoring=choice --lm_eval=tasks/ARC-c
+
+The file may be in any form of `sources`; of `code`, its responses are the tests.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from dnd_jax import adapters, files, prompts
+from dnd_jax.prompts import Row
+from dnd_jax.scoring import Model, harness, kinds
+from dnd_jax.types import InputError
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("base", None, "Folder or hub name of the base model; with --data.")
+    flags.DEFINE_string("data", None, "Dataset file to score.")
+    flags.DEFINE_string("scoring", "exact", f"One of {', '.join(kinds.KINDS)}.")
+    flags.DEFINE_string("adapter", None, "Adapter folder; without, the base alone is scored.")
+    flags.DEFINE_string("out", None, "JSON file for the scores.")
+    flags.DEFINE_string("lm_eval", None, "Write a task folder of lm-evaluation-harness there instead of scoring.")
+    flags.DEFINE_integer("batch_size", 32, "Rows asked at once.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 256, "Of an answer.", lower_bound=1)
+    flags.DEFINE_integer("samples", 10, "Answers to each row, of code.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.8, "Of the samples.", lower_bound=1e-3)
+
+
+def main(args: Any) -> None:
+    kinds.check(args.scoring)
+    if args.base is None:
+        raise InputError(f"command line: --data={args.data} needs --base")
+    rows = prompts.read_rows(args.data)
+    if args.lm_eval:
+        names = harness.export(args.lm_eval, pathlib.Path(args.data).stem, args.scoring, rows, args.base, args.max_new_tokens)
+        print(f"{args.lm_eval}: {', '.join(names)}, {len(rows)} rows")
+        return
+    tree, spec = adapters.read(args.adapter) if args.adapter else (None, None)
+    model = Model(args.base, spec, args.batch_size, args.max_new_tokens)
+    if spec:
+        model.use(tree, spec)
+    result = {"base": args.base, "adapter": args.adapter, "data": args.data, "scoring": args.scoring}
+    result |= summary(args.scoring, model, rows, args.samples, args.temperature)
+    if args.out:
+        files.write_json(args.out, result)
+    values = {**result["metrics"], "unparsable": result["unparsable"]}
+    print(", ".join(f"{name} {value:.1%}" for name, value in values.items()), f"of {len(rows)} rows")
+
+
+def summary(kind: str, model: Model, rows: Sequence[Row], samples: int, temperature: float) -> dict[str, Any]:
+    """Return the number of rows, the mean of every metric and the rate of answers that can't be parsed."""
+    known = {row.response for row in rows}
+    scores = kinds.score(kind, model, rows, known=known, samples=samples, temperature=temperature)
+    return {"n": len(rows), "metrics": {name: float(values.mean()) for name, values in scores.metrics.items()},
+            "unparsable": float(scores.unparsable.mean())}

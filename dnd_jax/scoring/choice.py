@@ -1,0 +1,98 @@
+"""Choice: which options a row has, which of them an answer names.
+
+The options are written as the row's response is written, so that they can continue the prompt:
+  - the prompt lists labels ("A: ...", "B. ...", "(C) ..." or "1) ...", on lines of their own or after "choices:") and the
+    response is one of them, maybe in brackets: "[B]" gives "[A]", "[B]", "[C]", "[D]";
+  - the prompt lists them and the response is the text behind one: all the texts;
+  - otherwise the distinct responses of the whole file, at most twenty: "[True]", "[False]".
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from dnd_jax.audit import FEW_LABELS
+from dnd_jax.sources import Row
+from dnd_jax.types import InputError
+
+LABEL = r"\(?([A-Z]|[1-9])[.:)]"
+LISTED = re.compile(rf"(?:^|(?<=[,;:\n]))[ \t]*{LABEL}[ \t]*(\S.*?)[ \t]*(?=$|\n|[,;.] *{LABEL} )", re.MULTILINE)
+BARE = "()[]{}<>.:;,!\"'`* \n"
+
+
+def options(rows: Sequence[Row], where: str = "rows") -> list[list[str]]:
+    """Return the options of every row, of which its response is one.
+
+    Raises:
+      InputError: a row whose prompt lists no options that its response is one of, where the responses are too many to be them.
+    """
+    responses = sorted({row.response.strip() for row in rows})
+    found = [listed(row) for row in rows]
+    for number, (row, own) in enumerate(zip(rows, found, strict=True)):
+        if not own and not 2 <= len(responses) <= FEW_LABELS:
+            raise InputError(f"{where}: row {number} lists no options that its response {row.response[:40]!r} is one of, and "
+                             f"{len(responses)} distinct responses, expected 2 to {FEW_LABELS}, aren't options either")
+    return [own or responses for own in found]
+
+
+def listed(row: Row) -> list[str]:
+    """Return the options that a prompt lists, in the form of the response; none if the response isn't one of them."""
+    found = list_of(row.prompt)
+    response = row.response.strip()
+    bare = response.strip(BARE)
+    if bare in found:
+        return [response.replace(bare, label) for label in found]
+    return list(found.values()) if response in found.values() else []
+
+
+def list_of(prompt: str) -> dict[str, str]:
+    """Return a prompt's options by label: its longest run of consecutive labels from A or 1, the last of equals."""
+    runs: list[dict[str, str]] = [{}]
+    for label, text, _ in LISTED.findall(prompt):
+        if label in "A1":
+            runs.append({label: text})
+        elif runs[-1] and ord(label) == ord(list(runs[-1])[-1]) + 1:
+            runs[-1][label] = text
+    return max(reversed(runs), key=len) if max(map(len, runs)) > 1 else {}
+
+
+def parse(answer: str, found: Sequence[str]) -> str | None:
+    """Return the one of a row's options that an answer names, or None where it names none or several.
+
+    In this order: the answer is an option; it says "answer is" or boxes one; it begins with one; it has one in brackets; it
+    has one anywhere. Brackets, quotes and full stops around an option don't count, nor does case if it is longer than a letter.
+    """
+    names = {option.strip(BARE): option for option in found}
+    exact = {_fold(name): option for name, option in names.items()}
+    if (text := _fold(answer.strip(BARE))) in exact:
+        return exact[text]
+    longest_first = sorted(names, key=len, reverse=True)
+    one = "|".join(re.escape(name) if len(name) == 1 else f"(?i:{re.escape(name)})" for name in longest_first)
+    end = r"(?=$|[.:;,!)\]}\n\"'*`])" if all(len(name) == 1 for name in names) else r"(?!\w)"
+    opening = r"[\s({\[\"'*]*"
+    for pattern in (rf"(?i:answer(?: is)?:?|boxed){opening}({one}){end}", rf"\A{opening}({one}){end}", rf"[\[(]({one})[\])]",
+                    rf"(?<!\w)({one}){end}"):
+        said = {_fold(name) for name in re.findall(pattern, answer)}
+        if len(said) == 1:
+            return exact[said.pop()]
+        if said:
+            return None
+    return None
+
+
+def _fold(name: str) -> str:
+    return name if len(name) == 1 else name.lower()
+
+
+def by_answer(answers: Sequence[str], found: Sequence[Sequence[str]], rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each greedy answer 1.0 if it names the row's response, and 1.0 if it can't be parsed."""
+    parsed = [parse(answer, listed) for answer, listed in zip(answers, found, strict=True)]
+    right = [float(option == row.response.strip()) for option, row in zip(parsed, rows, strict=True)]
+    return np.array(right), np.array([float(option is None) for option in parsed])
+
+
+def by_loglikelihood(values: Sequence[np.ndarray], found: Sequence[Sequence[str]], rows: Sequence[Row]) -> np.ndarray:
+    """Return 1.0 for each row whose response is the likeliest option, the first of equals."""
+    return np.array([float(listed[int(np.argmax(v))] == row.response.strip())
+                     for v, listed, row in zip(values, found, rows, strict=True)])

@@ -1,0 +1,56 @@
+r"""Mathematics by the final answer: GSM8K's `#### 12`, MATH's `\boxed{12}`, or what a text ends with. Imports math-verify lazily.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dnd_jax.sources import Row
+from dnd_jax.types import InputError
+
+
+def extract(text: str) -> str:
+    r"""Return what stands behind the last `####`, or else in the last `\boxed{}`; without either nothing."""
+    if "####" in text:
+        return text.rsplit("####", 1)[1].strip().split("\n", 1)[0]
+    begin = text.rfind("\\boxed{")
+    if begin < 0:
+        return ""
+    depth = 0
+    for end in range(begin + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin + len("\\boxed{") : end]
+    return ""
+
+
+def parse(text: str, *, whole: bool = False) -> list[Any]:
+    """Return the expression that a text gives as its final answer, in math-verify's terms; empty if there is none.
+
+    Args:
+      text: a solution.
+      whole: a text without a mark is an answer and nothing else.
+    """
+    import math_verify
+
+    marked = extract(text) or (text.strip() if whole else "")
+    return (math_verify.parse(f"\\boxed{{{marked}}}") if marked else []) or math_verify.parse(text)
+
+
+def correct(answers: Sequence[str], rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each answer 1.0 if it is mathematically equal to the row's, and 1.0 if it can't be parsed.
+
+    Raises:
+      InputError: a row's response has no final answer.
+    """
+    import math_verify
+
+    right, unparsable = np.zeros(len(rows)), np.zeros(len(rows))
+    for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
+        gold, found = parse(row.response, whole=True), parse(answer)
+        if not gold:
+            raise InputError(f"row {i}: the response has no final answer: {row.response[-80:]!r}")
+        unparsable[i] = not found
+        right[i] = bool(found) and math_verify.verify(gold, found)
+    return right, unparsable

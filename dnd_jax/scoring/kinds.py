@@ -1,0 +1,93 @@
+"""The kinds of scoring: what a model is asked for, and what its answers are worth.
+
+  exact         greedy answers equal to the responses
+  choice        greedy answers that name the right option; the likeliest option
+  final_answer  greedy answers with the right final answer
+  code          sampled programs that pass the row's tests, pass@1, 5 and 10
+  vision        choice where a row lists options, else the final answer; rows usually have images
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from dnd_jax.prompts import Row
+from dnd_jax.scoring import choice, code, final_answer
+from dnd_jax.scoring.model import Model, exact_match
+from dnd_jax.types import InputError
+
+KINDS = ("exact", "choice", "final_answer", "code", "vision")
+PASSES = (1, 5, 10)
+NOT_PYTHON = ("SyntaxError", "IndentationError", "TabError")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of every row: the metrics, 0 to 1, the one that counts first; and the share of its answers that can't be parsed."""
+
+    metrics: dict[str, np.ndarray]
+    unparsable: np.ndarray
+
+    @property
+    def main(self) -> np.ndarray:
+        return next(iter(self.metrics.values()))
+
+
+def check(kind: str) -> None:
+    """Raise InputError at an unknown kind."""
+    if kind not in KINDS:
+        raise InputError(f"scoring is {kind!r}, expected one of {KINDS}")
+
+
+def score(kind: str, model: Model, rows: Sequence[Row], *, known: Collection[str], samples: int, temperature: float,
+          **ask: Any) -> Scores:
+    """Ask a model for every row and score what it answers.
+
+    Args:
+      kind: of KINDS.
+      model: a base with an adapter in use, or without.
+      rows: of one task.
+      known: of `exact`, what counts as an answer of the task at all.
+      samples: of `code`, answers to each row.
+      temperature: of `code`.
+      ask: `adapter` and `examples`, as `Model.answer` takes them.
+    """
+    check(kind)
+    if kind == "code":
+        return _code(model.sample(rows, samples, temperature, **ask), rows)
+    if kind == "vision":
+        return _vision(model, rows, ask)
+    answers = model.answer(rows, **ask)
+    if kind == "exact":
+        return Scores({"exact_match": exact_match(answers, rows)}, np.array([float(a not in known) for a in answers]))
+    if kind == "final_answer":
+        right, unparsable = final_answer.correct(answers, rows)
+        return Scores({"final_answer": right}, unparsable)
+    options = choice.options(rows)
+    right, unparsable = choice.by_answer(answers, options, rows)
+    likeliest = choice.by_loglikelihood(model.loglikelihood(rows, options, **ask), options, rows)
+    return Scores({"choice": right, "loglikelihood": likeliest}, unparsable)
+
+
+def _vision(model: Model, rows: Sequence[Row], ask: dict[str, Any]) -> Scores:
+    right, unparsable = np.zeros(len(rows)), np.zeros(len(rows))
+    answers = model.answer(rows, **ask)
+    listed = [choice.listed(row) for row in rows]
+    for scorer, chosen in (("choice", [i for i, found in enumerate(listed) if found]),
+                           ("number", [i for i, found in enumerate(listed) if not found])):
+        ours, theirs = [answers[i] for i in chosen], [rows[i] for i in chosen]
+        found = (choice.by_answer(ours, [listed[i] for i in chosen], theirs) if scorer == "choice"
+                 else final_answer.correct(ours, theirs))
+        right[chosen], unparsable[chosen] = found
+    return Scores({"choice_or_final_answer": right}, unparsable)
+
+
+def _code(answers: Sequence[Sequence[str]], rows: Sequence[Row]) -> Scores:
+    outcomes = code.run_all(rows, answers)
+    passed = [sum(o.passed for o in found) for found in outcomes]
+    broken = [np.mean([o.reason.startswith(NOT_PYTHON) for o in found]) for found in outcomes]
+    counts = [k for k in PASSES if k <= len(answers[0])]
+    return Scores({f"pass@{k}": np.array([code.pass_at_k(len(found), c, k) for found, c in zip(answers, passed, strict=True)])
+                   for k in counts}, np.array(broken))

@@ -1,0 +1,251 @@
+"""What a miniature base answers, by every kind of scoring, and that lm-evaluation-harness says the same."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_module, small_base
+
+from dnd_jax import score
+from dnd_jax.scoring import Model, choice, final_answer, kinds
+from dnd_jax.sources import Row
+from dnd_jax.types import InputError
+
+SENTENCES = ["which one is it ? A: whale B: ant C: bear [A] [B] [C] True False", "seven #### 12 is the answer : [A]"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a base of a few thousand random parameters and its tokenizer."""
+    from data_pipeline.tenants import make_base_tokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = make_base_tokenizer(SENTENCES)
+    torch.manual_seed(0)
+    small_base("qwen2", vocab_size=len(tokenizer), initializer_range=0.5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """A LoRA folder for it that changes its answers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    return folder
+
+
+def choice_rows(count=24):
+    rng = np.random.default_rng(0)
+    words = ["whale", "ant", "bear", "seven", "it"]
+    listed = ["\n".join(map(": ".join, zip("ABC", rng.permutation(words)[:3], strict=True))) for _ in range(count)]
+    return [Row(f"which one is it ?\n{lines}", f"[{rng.choice(list('ABC'))}]", "is it the answer" * (i % 2))
+            for i, lines in enumerate(listed)]
+
+
+def write(path, rows):
+    path.write_text(json.dumps([{"prompt": row.prompt, "response": row.response, "system": row.system} for row in rows]))
+    return path
+
+
+# --- choice ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt,response,expected", [
+    ("Which?\nA: an ant\nB: a bear", "[B]", ["[A]", "[B]"]),
+    ("Which?\nA. an ant\nB. a bear\nC. a crow", "C", ["A", "B", "C"]),
+    ("Which?\n(A) an ant\n(B) a bear", "(A)", ["(A)", "(B)"]),
+    ("Which?choices: A: an ant, B: a bear, C: two, D: three", "[D]", ["[A]", "[B]", "[C]", "[D]"]),
+    ("Which?\n1) an ant\n2) a bear", "2", ["1", "2"]),
+    ("Which?\nA: an ant\nB: a bear", "a bear", ["an ant", "a bear"]),
+    ("Plan A: wait.\nWhich?\nA: an ant\nB: a bear\nPlease choose from [A]/[B]/[C]/[D].", "[A]", ["[A]", "[B]"]),
+])
+def test_options_are_what_the_prompt_lists_as_the_response_is_written(prompt, response, expected):
+    assert choice.options([Row(prompt, response)]) == [expected]
+
+
+def test_options_are_else_the_responses_of_the_file_if_these_are_few():
+    rows = [Row("Is it?", "[True]"), Row("Was it?", "[False]"), Row("Will it?", "[True]")]
+    assert choice.options(rows) == [["[False]", "[True]"]] * 3
+    with pytest.raises(InputError, match=r"sums.json: row 0 .* 30 distinct responses"):
+        choice.options([Row(f"How much is {i} + 1?", str(i + 1)) for i in range(30)], "sums.json")
+
+
+LETTERS, WORDS = ["[A]", "[B]", "[C]"], ["[True]", "[False]"]
+
+
+@pytest.mark.parametrize("answer,found,expected", [
+    ("[B]", LETTERS, "[B]"), ("B", LETTERS, "[B]"), ("B.", LETTERS, "[B]"), ("(C) because", LETTERS, "[C]"),
+    ("The answer is B.", LETTERS, "[B]"), ("A bear, so I say \\boxed{C}", LETTERS, "[C]"), ("**Answer: C**", LETTERS, "[C]"),
+    ("It must be [A], not that", LETTERS, "[A]"), ("A bear is big", LETTERS, None), ("A. or B. or both", LETTERS, "[A]"),
+    ("either (A) or (B)", LETTERS, None), ("", LETTERS, None), ("D", LETTERS, None), ("b", LETTERS, None),
+    ("true", WORDS, "[True]"), ("It is False.", WORDS, "[False]"), ("untrue", WORDS, None), ("it is true or false", WORDS, None),
+])
+def test_answers_are_parsed(answer, found, expected):
+    assert choice.parse(answer, found) == expected
+
+
+# --- final answers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("response,answer,right,unparsable", [
+    ("3 + 9 = <<3+9=12>>12\n#### 12", "3 and 9 make 12.", 1, 0),
+    ("so many\n#### 1,200", "The answer is $1200.", 1, 0),
+    ("#### 12", "#### 12\n\nHow much are 13?", 1, 0),
+    ("#### 12", "\\boxed{12.0}", 1, 0),
+    ("#### 12", "It is 13.", 0, 0),
+    ("#### 12", "I don't know.", 0, 1),
+    ("thus \\boxed{\\frac{1}{2}}.", "we get $\\boxed{0.5}$", 1, 0),
+    ("thus \\boxed{\\frac{\\sqrt{3}}{2}}.", "$\\frac{3}{2\\sqrt{3}}$", 1, 0),
+    ("thus \\boxed{x^2+1}.", "\\boxed{1+x^2}", 1, 0),
+    ("\\boxed{(3, \\frac{\\pi}{2})}", "\\boxed{\\left(3,\\frac{\\pi}{2}\\right)}", 1, 0),
+    ("7", "seven is 7", 1, 0),
+])
+def test_final_answers_are_compared_as_mathematics(response, answer, right, unparsable):
+    found = final_answer.correct([answer], [Row("?", response)])
+    assert (found[0][0], found[1][0]) == (right, unparsable)
+
+
+def test_a_response_without_final_answer_is_named():
+    with pytest.raises(InputError, match="row 0: the response has no final answer: '...'"):
+        final_answer.correct(["1"], [Row("?", "...")])
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def test_loglikelihoods_are_the_sums_over_tokens_whatever_the_batch(base):
+    rows = choice_rows(5)
+    options = [[*found, "seven is the answer"] for found in choice.options(rows)]
+    model = Model(str(base), None, 3, 4)
+    together = model.loglikelihood(rows, options)
+    for row, found, values in zip(rows, options, together, strict=True):
+        ids = model.questions([row])[0]["input_ids"]
+        for option, value in zip(found, values, strict=True):
+            continued = ids + model.tokenizer(option, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                chances = model.model(torch.tensor([continued])).logits[0].double().log_softmax(-1)
+            expected = sum(chances[i - 1, continued[i]].item() for i in range(len(ids), len(continued)))
+            assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_samples_differ_and_are_the_same_again(base):
+    model = Model(str(base), None, 2, 6)
+    rows = choice_rows(3)
+    found = model.sample(rows, 4, 1.0, seed=1)
+    assert [len(answers) for answers in found] == [4, 4, 4] and len({a for answers in found for a in answers}) > 3
+    assert model.sample(rows, 4, 1.0, seed=1) == found != model.sample(rows, 4, 1.0, seed=2)
+    assert {a.strip() for a in model.sample(rows, 4, 1e-3)[0]} == {model.answer(rows)[0]}
+
+
+def test_code_is_sampled_run_and_counted(base):
+    class Fixed(Model):
+        """A model that writes what it is told, since a miniature can't write programs."""
+
+        def sample(self, rows, samples, temperature, **ask):
+            return [["    return 2 * x", "    return x", "    return ("][:samples]] * len(rows)
+
+    rows = [Row("def double(x):\n", "assert double(4) == 8"), Row("def same(x):\n", "assert same(0) == 1")]
+    scores = kinds.score("code", Fixed(str(base), None, 2, 4), rows, known=(), samples=3, temperature=1.0)
+    assert list(scores.metrics) == ["pass@1"]
+    np.testing.assert_allclose(scores.main, [1 / 3, 0])
+    np.testing.assert_allclose(scores.unparsable, [1 / 3, 1 / 3])
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_command_scores_base_and_adapter(base, adapter, tmp_path):
+    rows = choice_rows()
+    write(tmp_path / "animals.json", rows)
+    command = ["dnd_jax.evaluate", f"--base={base}", "--data=animals.json", "--scoring=choice", "--max_new_tokens=4"]
+    done = run_module(*command, f"--adapter={adapter}", "--out=scores.json", cwd=tmp_path)
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["n"] == len(rows) and result["metrics"].keys() == {"choice", "loglikelihood"} and "unparsable" in done.stdout
+    from dnd_jax import adapters
+
+    tree, spec = adapters.read(adapter)
+    model = Model(str(base), spec, 7, 4)
+    model.use(tree, spec)
+    assert score.summary("choice", model, rows, 1, 1.0)["metrics"] == result["metrics"]
+    plain = model.loglikelihood(rows, choice.options(rows), adapter=False)
+    alone = Model(str(base), None, 32, 4).loglikelihood(rows, choice.options(rows))
+    np.testing.assert_allclose(np.stack(plain), np.stack(alone), atol=1e-4)
+    assert np.abs(np.stack(model.loglikelihood(rows, choice.options(rows))) - np.stack(plain)).max() > 0.1
+
+
+def arguments(base, data, **options):
+    """Return parsed flags of the command."""
+    usual = {"scoring": "exact", "adapter": None, "out": None, "lm_eval": None, "batch_size": 8, "max_new_tokens": 4, "samples": 1,
+             "temperature": 1.0}
+    return types.SimpleNamespace(base=str(base), data=str(data), **(usual | options))
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"scoring": "guess"}, "scoring is 'guess'"), ({"lm_eval": "out", "scoring": "code"}, "--scoring=code can't be exported"),
+    ({"adapter": "none"}, "none"),
+])
+def test_command_names_what_is_wrong(base, tmp_path, options, message):
+    data = write(tmp_path / "rows.json", choice_rows(2))
+    with pytest.raises(InputError, match=message):
+        score.main(arguments(base, data, **options))
+    with pytest.raises(InputError, match="missing.json"):
+        score.main(arguments(base, tmp_path / "missing.json", **options | {"scoring": "exact"}))
+
+
+HARNESS = """
+import json, sys
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter, *folders = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+model = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(base), batch_size=8, max_length=256)
+manager = TaskManager(include_path=folders, include_defaults=False)
+found = lm_eval.simple_evaluate(model=model, tasks=sorted(manager.all_tasks), task_manager=manager, bootstrap_iters=0)
+print(json.dumps({task: {k.split(",")[0]: v for k, v in values.items() if isinstance(v, float)}
+                  for task, values in found["results"].items()}))
+"""
+
+
+def test_lm_evaluation_harness_gives_the_same_accuracy(base, adapter, tmp_path):
+    from dnd_jax import adapters
+
+    tree, spec = adapters.read(adapter)
+    model = Model(str(base), spec, 8, 4)
+    model.use(tree, spec)
+    animals = choice_rows()
+    asked = [Row(row.prompt, "?", row.system) for row in animals]
+    said = model.answer(asked)
+    sets = {"animals": ("choice", animals),
+            "words": ("exact", [Row(row.prompt, answer if i % 3 and answer else "x", row.system)
+                                for i, (row, answer) in enumerate(zip(asked, said, strict=True))]),
+            "numbers": ("final_answer", [Row(r.prompt, "#### 12", r.system) for r in asked])}
+    ours = {}
+    for name, (kind, rows) in sets.items():
+        score.main(arguments(base, write(tmp_path / f"{name}.json", rows), scoring=kind, lm_eval=tmp_path / "tasks" / name))
+        ours[name] = score.summary(kind, model, rows, 1, 1.0)
+    done = subprocess.run([sys.executable, "-c", HARNESS, base, adapter, *(f"tasks/{name}" for name in sets)], cwd=tmp_path,
+                          capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    metrics = ours["animals"]["metrics"]
+    assert theirs["animals_loglikelihood"]["acc"] == pytest.approx(metrics["loglikelihood"]) and 0 < metrics["loglikelihood"] < 1
+    assert theirs["animals_choice"]["choice"] == pytest.approx(metrics["choice"])
+    assert theirs["animals_choice"]["unparsable"] == pytest.approx(ours["animals"]["unparsable"])
+    exact = theirs["words_exact"]["exact"]
+    assert exact == pytest.approx(ours["words"]["metrics"]["exact_match"]) and exact > 0.2
+    assert theirs["numbers_final_answer"]["final_answer"] == pytest.approx(ours["numbers"]["metrics"]["final_answer"])
