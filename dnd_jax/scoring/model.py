@@ -102,7 +102,7 @@ class Model:
             messages.append({"role": "user", "content": content})
             text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         else:
-            text = "\n".join(filter(None, (row.system, self._processor.image_token * len(row.images) + text)))
+            text = "\n".join(filter(None, (row.system, *[self._processor.image_token] * len(row.images), text)))
         found = dict(self._processor(text=[text], images=[_open(image) for image in row.images], return_tensors="pt"))
         del found["attention_mask"]
         length = found[IDS].shape[1]

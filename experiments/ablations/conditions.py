@@ -10,7 +10,6 @@ the demo. Forms with an answer need labels of the held-out task, which plain pro
 """
 
 import pathlib
-import types
 from typing import Any
 
 import ml_collections
@@ -51,7 +50,7 @@ def run(config: ml_collections.ConfigDict, variant: str) -> None:
     if not (place / "store" / "manifest.json").exists():
         export.export(changed)
     train.run(changed, place / "run")
-    evaluate.main(types.SimpleNamespace(config=changed, workdir=place / "run"))
+    evaluate.climb(changed, place / "run")
 
 
 def load(folder: files.PathLike) -> dict[str, dict[str, Any]]:
