@@ -28,8 +28,9 @@ def folders(tmp_path_factory):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     t.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}).save_pretrained(root / "bert")
     SentenceTransformer(modules=[Transformer(str(root / "bert")), Pooling(16, "mean")]).save(str(root / "sentence"))
-    roberta = t.RobertaModel(t.RobertaConfig(vocab_size=5 + len(WORDS), hidden_size=16, num_hidden_layers=1,
-                                             num_attention_heads=2, intermediate_size=24, max_position_embeddings=10, pad_token_id=1))
+    roberta = t.RobertaModel(t.RobertaConfig(
+        vocab_size=5 + len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=10, pad_token_id=1))
     roberta.save_pretrained(root / "roberta")
     t.BertTokenizer(vocab={piece: i for i, piece in enumerate(["[UNK]", "[PAD]", *pieces[2:]])}).save_pretrained(root / "roberta")
     SentenceTransformer(modules=[Transformer(str(root / "roberta")), Pooling(16, "mean")]).save(str(root / "roberta-sentence"))
