@@ -25,7 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import fine_tuning
-from dnd_jax import cli, files, prompts
+from dnd_jax import checksums, cli, files, prompts
 from dnd_jax.sources import Source
 from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
@@ -120,6 +120,7 @@ def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: 
                 **identity(config, run), "loss": losses, "rows": len(examples), "rows_cut_off": len(rows) - len(examples),
                 "seconds": time.perf_counter() - began,
             })
+            checksums.write(folder)
     return run.name
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from data_pipeline import agreement, collect
-from dnd_jax import adapters, cli, encoders, files, pairs, prompts, tokens
+from dnd_jax import adapters, checksums, cli, encoders, files, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.tasks import read_tasks
 from dnd_jax.tokens import Layout
@@ -39,6 +39,8 @@ def read_run(run: pathlib.Path, change: Callable[[Tree], Tree], reference: Spec,
     Tokens are None where the run disagrees.
     """
     encoded, found = [], []
+    if fault := checksums.fault(run):
+        raise InputError(f"{run}/{fault}; move the run away and collect it again")
     for folder in step_folders(run):
         tree, spec = adapters.read(folder)
         agreement.refuse_altered_base(spec, str(folder))
@@ -126,6 +128,7 @@ def export(config: ml_collections.ConfigDict) -> None:
             "encoder": config.encoder.to_dict(), "form": config.condition.form, "tasks": entries,
             "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()},
         })
+        files.write_text(folder / pairs.SEAL, files.sha256_file(folder / "manifest.json"))
     print(f"{config.export.store}: {len(tasks)} tasks, tokens {list(layout.shape)}, chunk {layout.chunk}")
 
 

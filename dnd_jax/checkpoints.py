@@ -1,83 +1,181 @@
 """Checkpoints of a training run, by Orbax: the only file that knows it.
 
+    checkpoints/<step>/             committed by a rename; state, metrics, about, sha256.json
+    checkpoints/<step>.damaged/     set aside, never read
+
 A checkpoint holds the training state, its metrics, and `about`: config, layout, adapter spec, encoder and base model. The
-workdir around it is enough to generate.
+workdir around it is enough to generate. What Orbax leaves open is closed here: damage is found by hashes, a failed write is
+reported when it fails, and neither an empty folder nor a malformed metrics file keeps the others from being read.
 """
 
 import functools
 import json
 import logging
+import math
 import pathlib
+import sys
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from dnd_jax import distributed, files
+from dnd_jax import checksums, distributed, files
 from dnd_jax.types import InputError, Params
+
+METRICS = "metrics/metrics"
 
 
 def merit(metrics: dict[str, float] | None) -> float:
     """Return what the best checkpoint has most of; without validation tasks all are alike, and the latest is taken."""
-    return -(metrics or {}).get("validation_loss", 0.0)
+    return -(metrics or {}).get("validation_loss", math.inf)
 
 
 class Checkpointer:
-    """Saves and restores states under `folder/<step>`, keeping the last two and the best on validation tasks."""
+    """Saves and restores states under `folder/<step>`.
 
-    def __init__(self, folder: files.PathLike, about: dict[str, Any]):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+    Keeps the last `last`, the best on validation tasks and, if `every` is set, those of steps that it divides.
+
+    Attributes:
+      failure: what the latest save failed with, if it did; older checkpoints are as they were.
+    """
+
+    def __init__(self, folder: files.PathLike, about: dict[str, Any], last: int = 2, every: int = 0):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # failures are reported here
         self._folder = pathlib.Path(folder).resolve()
         self._about = about
-        self._pending: Any = None
-        distributed.by_first(self._set_faulty_aside)
-        self._checkpointer = self._open()
-
-    def _set_faulty_aside(self) -> None:
-        for path in _steps(self._folder):
-            if fault := _fault(path):
-                set_aside(path, fault)
-
-    def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(2), policies.BestN(get_metric_fn=merit, n=1)]
-        return ocp.training.Checkpointer(
-            self._folder, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
-        )
+        keep = [policies.LatestN(last), policies.BestN(get_metric_fn=merit, n=1)]
+        self._keep = policies.AnyPreservationPolicy([*keep, policies.EveryNSteps(every)] if every else keep)
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._watcher: threading.Thread | None = None
+        self.failure: OSError | None = None
+        distributed.by_first(functools.partial(_tidy, self._folder))
 
     def restore(self, like: Any) -> Any | None:
         """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
 
-        A checkpoint that can't be loaded is set aside, and standard output says so.
+        A checkpoint whose bytes have changed, or that can't be loaded, is set aside, and standard output says so.
         """
-        while (latest := self._checkpointer.latest) is not None:
+        distributed.by_first(functools.partial(_set_changed_aside, self._folder))
+        while paths := _steps(self._folder):
             try:
-                return self._checkpointer.load(latest, abstract_state=like)
+                state = ocp.load_checkpointables(paths[-1], {"state": like})["state"]
             except Exception as error:  # what damage raises, and where, is not documented
-                distributed.by_first(functools.partial(set_aside, self._folder / str(latest.step), str(error)))
-                self._checkpointer.close()
-                self._checkpointer = self._open()
+                distributed.by_first(functools.partial(set_aside, paths[-1], str(error)))
+                continue
+            distributed.by_first(functools.partial(_record, paths[-1]))
+            return state
         return None
 
-    def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
-        """Start saving in the background; a failure of the save before is raised here."""
+    def last_good(self) -> str:
+        """Return the newest checkpoint on disk, in words."""
         self.wait()
-        self._pending = self._checkpointer.save_checkpointables_async(
-            step, {"state": state}, metrics={k: float(v) for k, v in metrics.items()}, custom_metadata=self._about, force=True
-        )
+        return f"the last good checkpoint is {paths[-1]}" if (paths := _steps(self._folder)) else "no checkpoint was written yet"
+
+    def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
+        """Start saving in the background, when the save before is done; if it fails, `failure` says so and stderr at once."""
+        self.wait()
+        if self.failure is not None:
+            self._close()
+        self.failure = None
+        metrics = {name: float(value) for name, value in metrics.items()}
+        try:
+            self._checkpointer = self._checkpointer or self._open()
+            response = self._checkpointer.save_checkpointables_async(
+                step, {"state": state}, metrics=metrics, custom_metadata=self._about, force=True)
+        except Exception as error:  # of the file system, in whatever class Orbax and TensorStore wrap it
+            self._fail(step, error)
+            return
+        self._watcher = threading.Thread(target=self._watch, args=(step, response), name="checkpoint")
+        self._watcher.start()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        return ocp.training.Checkpointer(
+            self._folder, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=self._keep, cleanup_tmp_directories=True)
+
+    def _watch(self, step: int, response: Any) -> None:
+        """Wait until a checkpoint is committed, then record its hashes; a kill in between costs the hashes only."""
+        try:
+            response.result()
+            if distributed.is_first():
+                checksums.write(self._folder / str(step))
+        except Exception as error:
+            self._fail(step, error)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:500]
+        self.failure = OSError(f"{self._folder / str(step)}: this checkpoint is not written: {reason}")
+        print(f"\nerror: {self.failure}", file=sys.stderr, flush=True)
+
+    def failed(self) -> bool:
+        """Tell whether the latest save has failed by now, in any process; the same answer in all of them."""
+        if jax.process_count() == 1:
+            return self.failure is not None
+        return bool(multihost_utils.process_allgather(np.array(self.failure is not None)).any())
 
     def wait(self) -> None:
-        """Block until the save under way is on disk; raise if it failed."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        """Block until the save under way is on disk or has failed."""
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
+
+    def _close(self) -> None:
+        try:
+            if self._checkpointer is not None:
+                self._checkpointer.close()
+        except Exception:
+            if self.failure is None:  # else Orbax repeats it
+                raise
+        self._checkpointer = None
 
     def close(self) -> None:
-        """Finish the save under way."""
+        """Finish the save under way; raise OSError if the latest save failed."""
         self.wait()
-        self._checkpointer.close()
+        self._close()
+        if self.failure is not None:
+            raise OSError(f"{self.failure}; {self.last_good()}") from self.failure
+
+
+def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the committed checkpoints in order of their steps; empty folders and those set aside are none."""
+    found = [path.parent for path in folder.glob("[0-9]*/_CHECKPOINT_METADATA") if path.parent.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def _tidy(folder: pathlib.Path) -> None:
+    """Take out of the way what would keep Orbax from opening a folder of checkpoints, or from saving a step again."""
+    for path in sorted(folder.glob("[0-9]*")):
+        if not path.name.isdigit() or not path.is_dir():
+            continue
+        if not any(path.iterdir()):
+            path.rmdir()
+        elif not (path / "_CHECKPOINT_METADATA").is_file():
+            set_aside(path, "incomplete: no _CHECKPOINT_METADATA")
+        elif (path / METRICS).exists() and _metrics(path) is None:
+            files.write_json(path / METRICS, {})
+
+
+def _set_changed_aside(folder: pathlib.Path) -> None:
+    """Set newest checkpoints aside until one is as it was written, metrics apart."""
+    for path in reversed(_steps(folder)):
+        if not (fault := _fault(path)):
+            return
+        set_aside(path, fault)
+
+
+def _fault(path: pathlib.Path) -> str | None:
+    return checksums.fault(path, "state/") or checksums.fault(path, "_CHECKPOINT_METADATA")
+
+
+def _record(path: pathlib.Path) -> None:
+    """Record the hashes of a checkpoint whose writer was killed before it could."""
+    if not (path / checksums.NAME).exists():
+        checksums.write(path)
 
 
 def set_aside(path: pathlib.Path, fault: str) -> None:
@@ -87,56 +185,56 @@ def set_aside(path: pathlib.Path, fault: str) -> None:
     print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}; going on from the checkpoint before it")
 
 
-def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit())
-
-
-def _fault(path: pathlib.Path) -> str | None:
-    """Return what would keep the whole folder of checkpoints from opening, if there is anything."""
-    if not (path / "_CHECKPOINT_METADATA").is_file():
-        return "incomplete: no _CHECKPOINT_METADATA"
+def _metrics(path: pathlib.Path) -> dict[str, float] | None:
+    """Return a checkpoint's metrics, or None, said on standard output, where they are malformed or not those written."""
+    fault = checksums.fault(path, METRICS)
+    if not fault and not (path / METRICS).exists():
+        return {}  # saved without any
     try:
-        metrics = path / "metrics" / "metrics"
-        if metrics.exists() and not isinstance(json.loads(metrics.read_text()), dict):
-            return "metrics are no JSON object"
-    except ValueError as error:
-        return f"metrics: {error}"
+        found = json.loads((path / METRICS).read_text(encoding="utf-8")) if not fault else None
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError) as error:
+        fault = str(error)
+    print(f"{path / METRICS}: damaged ({fault or 'no JSON object'}), so this checkpoint does not count as the best")
     return None
 
 
 def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict[str, float]]:
-    """Return step, parameters (NumPy), `about` and metrics of the checkpoint that is best on the validation tasks.
+    """Return step, parameters (NumPy), `about` and metrics of the sound checkpoint that is best on the validation tasks.
+
+    Nothing in the folder is changed; a damaged checkpoint is passed over, and standard output says so.
 
     Raises:
-      InputError: a folder without checkpoints.
+      InputError: a folder without a sound checkpoint.
     """
-    with _open(folder) as checkpointer:
-        best = max(checkpointer.checkpoints, key=lambda c: (merit(c.metrics), c.step))
-        about = checkpointer.checkpointables_metadata(best.step).custom_metadata
-        return best.step, _load_params(checkpointer, best.step), about, dict(best.metrics or {})
+    metrics = {path: _metrics(path) for path in _steps(pathlib.Path(folder).resolve())}
+    path, params = _first_sound(folder, sorted(metrics, key=lambda p: (merit(metrics[p]), int(p.name)), reverse=True))
+    return int(path.name), params, ocp.checkpointables_metadata(path).custom_metadata, metrics[path] or {}
 
 
 def load_latest(folder: files.PathLike) -> tuple[int, Params]:
-    """Return step and parameters (NumPy) of the newest checkpoint."""
-    with _open(folder) as checkpointer:
-        step = checkpointer.latest.step
-        return step, _load_params(checkpointer, step)
+    """Return step and parameters (NumPy) of the newest sound checkpoint."""
+    path, params = _first_sound(folder, _steps(pathlib.Path(folder).resolve())[::-1])
+    return int(path.name), params
 
 
-def _open(folder: files.PathLike) -> ocp.training.Checkpointer:
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    folder = pathlib.Path(folder).resolve()
-    if not (steps := _steps(folder)):
-        raise InputError(f"{folder}: holds no checkpoint, run dnd_jax.train first")
-    for path in steps:
-        if fault := _fault(path):
-            raise InputError(f"{path}: {fault}; training again with the same command sets it aside")
-    return ocp.training.Checkpointer(folder)
+def _first_sound(folder: files.PathLike, paths: Sequence[pathlib.Path]) -> tuple[pathlib.Path, Params]:
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for path in paths:
+        try:
+            if not (fault := _fault(path)):
+                return path, _load_params(path)
+        except Exception as error:  # what damage raises, and where, is not documented
+            fault = str(error)
+        print(f"{path}: damaged ({' '.join(fault.split())[:200]}), passed over")
+    found = f"none of its {len(paths)} checkpoints is sound" if paths else "holds no checkpoint"
+    raise InputError(f"{folder}: {found}, run dnd_jax.train first")
 
 
-def _load_params(checkpointer: ocp.training.Checkpointer, step: int) -> Params:
-    shapes = checkpointer.metadata(step).metadata["params"]
+def _load_params(path: pathlib.Path) -> Params:
+    shapes = ocp.metadata(path, checkpointable_name="state").metadata["params"]
     like = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)}
     partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.Context(pytree_options=partial):
-        return checkpointer.load(step, abstract_state=like)["params"]
+        return ocp.load(path, like, checkpointable_name="state")["params"]

@@ -28,15 +28,15 @@ def define_string(name: str, help_text: str) -> None:
 def run(main: Callable[..., None], define_flags: Callable[[], None], *, words: bool = False) -> None:
     """Define the flags, parse the command line and run `main(flags)`, or `main(flags, *words)` if it takes words.
 
-    An InputError becomes one line on stderr and exit status 1. Flags are defined here, not at import, so that any
-    module can import any other.
+    Bad input, a file that can't be read or written and numbers that aren't finite become one line on stderr and exit status 1.
+    Flags are defined here, not at import, so that any module can import any other.
     """
     define_flags()
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app.run(lambda argv: main(flags.FLAGS, *argv[1:]), flags_parser=functools.partial(_parse_flags, words=words))
-    except InputError as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(1)  # native threads of torch and jax must not delay or change the status

@@ -11,10 +11,25 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dnd_jax.types import InputError
 
 PathLike = str | os.PathLike[str]
 _LOCKED: set[pathlib.Path] = set()  # by this process
+
+
+@contextlib.contextmanager
+def named(path: PathLike) -> Iterator[None]:
+    """Turn a failed write, as on a full disk, into an OSError that names `path`, which the operating system does not."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: not written: {error}") from error
+    except OSError as error:
+        if error.filename is not None or str(path) in str(error):
+            raise
+        raise OSError(f"{path}: not written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -33,7 +48,8 @@ def temporary_folder(final: PathLike) -> Iterator[pathlib.Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with named(final):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -106,8 +122,9 @@ def atomic_file(final: PathLike) -> Iterator[pathlib.Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     try:
-        yield temporary
-        sync(temporary)
+        with named(final):
+            yield temporary
+            sync(temporary)
         os.rename(temporary, final)
         sync(final.parent)
     finally:

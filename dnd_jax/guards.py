@@ -4,9 +4,11 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 
@@ -30,8 +32,38 @@ def until_terminated() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def check_finite(metrics: dict[str, float], step: int, names: set[str]) -> None:
-    """Raise FloatingPointError naming step, metric and the tasks of the batch unless every metric is finite."""
+def check_finite(metrics: Mapping[str, Any], step: int, names: Callable[[int], set[str]], last_good: Callable[[], str]) -> None:
+    """Raise FloatingPointError unless every metric is finite.
+
+    The message names step, metric, the tasks of the batch, `names(step)`, and the last good checkpoint, `last_good()`.
+    """
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"step {step}: {name} is {value}, tasks {sorted(names)}")
+            raise FloatingPointError(f"step {step}: {name} is {float(value)}, tasks {sorted(names(step))}; {last_good()}")
+
+
+class Watch:
+    """Checks each step's metrics while the next step runs, so that the device never waits for it.
+
+    At most two steps are under way at a time; more would hold their batches on the device.
+    """
+
+    def __init__(self, names: Callable[[int], set[str]], last_good: Callable[[], str]):
+        self._about = names, last_good
+        self._step, self._metrics = 0, dict[str, jax.Array]()
+
+    def follow(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take note of a step that has been started; raise FloatingPointError if the one before was not finite."""
+        self.check()
+        self._step, self._metrics = step, metrics
+
+    def check(self) -> None:
+        """Wait for the step noted last; raise FloatingPointError if it was not finite."""
+        check_finite(jax.device_get(self._metrics), self._step, *self._about)
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Tell whether every number of a state is finite: an update can overflow where loss and gradient did not."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()

@@ -3,8 +3,9 @@
 import glob
 import json
 import pathlib
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from dnd_jax import files
 from dnd_jax.types import InputError
@@ -18,32 +19,55 @@ NAME = "metrics.jsonl"
 class MetricsLog:
     """Appends to a run's log; when a run resumes, lines past the step it resumes from are dropped first.
 
-    `seconds` is the training time that the lines kept stand for. Of several processes, one writes.
+    A line has `step`, `loss`, `gradient_norm`, `learning_rate`, `norm_ratio` (predicted tokens over target tokens); where the
+    step was validated `validation_loss` and `validation_loss/<task>`; since the line before `steps_per_s`, `samples_per_s` and
+    `input_wait_s`; and `seconds` of training since step 0, however often the run was resumed. Of several processes, one writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, first: int, writes: bool = True):
-        self.seconds = 0.0
-        self._file: TextIO | None = None
+    def __init__(self, workdir: pathlib.Path, first: int, writes: bool = True, tensorboard: bool = False):
+        self._path, self._file, self._board = workdir / NAME, None, None
+        self._last, self._before, self._waited = (first, time.perf_counter()), 0.0, 0.0
         if not writes:
             return
-        path = workdir / NAME
-        kept = [entry for entry in read_metrics(workdir) if entry["step"] <= first] if path.exists() else []
-        files.write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
-        self.seconds = kept[-1]["seconds"] if kept else 0.0
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+        kept = [entry for entry in read_metrics(workdir) if entry["step"] <= first] if self._path.exists() else []
+        files.write_text(self._path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+        self._before = kept[-1]["seconds"] if kept else 0.0
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+        self._board = _open_board(workdir, first) if tensorboard else None
 
-    def append(self, entry: dict[str, Any]) -> None:
-        """Write one line, at once."""
+    def append(self, step: int, metrics: dict[str, float], batch_size: int, waited: float) -> dict[str, float]:
+        """Write one line, at once, and return it without its step; `waited` is the input's seconds since the run started."""
+        now = time.perf_counter()
+        steps_per_s = (step - self._last[0]) / (now - self._last[1])
+        self._before += now - self._last[1]
+        entry = metrics | {"steps_per_s": steps_per_s, "samples_per_s": steps_per_s * batch_size,
+                           "input_wait_s": waited - self._waited, "seconds": self._before}
+        self._last, self._waited = (step, now), waited
         if self._file is not None:
-            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-            self._file.flush()
+            with files.named(self._path):
+                self._file.write(json.dumps({"step": step} | entry, allow_nan=False) + "\n")
+                self._file.flush()
+        if self._board is not None:
+            for name, value in entry.items():
+                self._board.add_scalar(name, value, step)
+        return entry
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        for opened in (self._file, self._board):
+            if opened is not None:
+                opened.close()
+
+
+def _open_board(workdir: pathlib.Path, first: int) -> Any:
+    """Return a writer of TensorBoard's files that hides what was written past the step that a run resumes from."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise InputError("config.train.tensorboard is set, but tensorboardX is missing: pip install tensorboardX") from error
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -54,10 +78,20 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """
     path = workdir / NAME
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    return [_entry(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+
+
+def _entry(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}; move the file away to go on without it") from error
+    if not (isinstance(entry, dict) and isinstance(entry.get("step"), int)):
+        raise InputError(f"{where}: no JSON object with a step; move the file away to go on without it")
+    return entry
 
 
 # --- many runs -------------------------------------------------------------------------------------------------------

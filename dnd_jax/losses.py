@@ -24,6 +24,12 @@ def token_loss(
     return square.sum((1, 2, 3)) / mask.sum()
 
 
+def norm_ratio(predicted: Tokens, target: Tokens, mask: Bool[Array | np.ndarray, "T H W"]) -> Float[Array, " B"]:
+    """Return per example the norm of the predicted tokens over that of the target's: 0 predicts nothing, 1 full strength."""
+    norms = [jnp.sqrt(jnp.where(mask, jnp.square(x.astype(jnp.float32)), 0).sum((1, 2, 3))) for x in (predicted, target)]
+    return norms[0] / norms[1]
+
+
 def add_noise(rng: jax.Array, x: Float[Array, "..."], amplitude: float) -> Float[Array, "..."]:
     """Return x plus Gaussian noise of the given standard deviation."""
     return x + amplitude * jax.random.normal(rng, x.shape, x.dtype)

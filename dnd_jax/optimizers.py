@@ -16,8 +16,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     `config.train.optimizer = "adamw_factored"` keeps of the second moment only its sums over rows and columns, as Adafactor
     does (Shazeer & Stern, arXiv 1804.04235), of kernels with 128 channels or more: 4 bytes a parameter instead of 8.
     """
-    t = config.train
-    rate = optax.warmup_cosine_decay_schedule(0.0, t.learning_rate, t.warmup_steps, t.steps)
+    t, rate = config.train, schedule(config)
     clip = optax.clip_by_global_norm(t.clip_norm)
     if t.optimizer == "adamw":
         return optax.chain(clip, optax.adamw(rate, weight_decay=t.weight_decay))
@@ -27,6 +26,12 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
             optax.add_decayed_weights(t.weight_decay), optax.scale_by_learning_rate(rate),
         )
     raise InputError(f"config.train.optimizer is {t.optimizer!r}, expected 'adamw' or 'adamw_factored'")
+
+
+def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """Return the learning rate as a function of the steps done before."""
+    t = config.train
+    return optax.warmup_cosine_decay_schedule(0.0, t.learning_rate, t.warmup_steps, t.steps)
 
 
 def dtype_of(config: ml_collections.ConfigDict, field: str) -> jnp.dtype:

@@ -1,6 +1,7 @@
 """The pair store: prompts and weight tokens of every task, memory-mapped; any sample is a pure function of its place.
 
     store/manifest.json                      format, base model, adapter spec, layout, encoder, tasks, hashes
+    store/manifest.sha256                    hash of manifest.json
     store/importance.npy                     float32 [T]
     store/carried.safetensors                what generated adapters hold beside A and B, if anything
     store/tasks/<task>/tokens.npy            float32 [K, T, H, W], one entry per checkpoint
@@ -24,6 +25,7 @@ from dnd_jax.types import InputError
 
 FORMAT = 2
 CARRIED = "carried.safetensors"
+SEAL = "manifest.sha256"
 SPLITS = ("train", "validation", "test")
 
 
@@ -63,6 +65,8 @@ def open_store(folder: files.PathLike) -> Store:
     manifest = files.read_json(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise InputError(f"{folder / 'manifest.json'}: format is {manifest.get('format')!r}, expected {FORMAT}")
+    if (folder / SEAL).exists() and files.sha256_file(folder / "manifest.json") != (folder / SEAL).read_text(errors="replace"):
+        raise InputError(f"{folder / 'manifest.json'}: its sha256 is not the one that {SEAL} says")
     for name, expected in manifest["sha256"].items():
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: missing, the manifest lists it")

@@ -8,9 +8,10 @@ processes run it as one (`distributed.py`).
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from dnd_jax import baselines, checkpoints, cli, distributed, files, guards, inputs, logs, optimizers, pairs, sharding, workdirs
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
-from dnd_jax.losses import add_noise, token_loss
+from dnd_jax.losses import add_noise, norm_ratio, token_loss
 from dnd_jax.types import InputError, Params
 
 
@@ -101,34 +102,36 @@ def make_train_step(config: ml_collections.ConfigDict, decoder: HyperConvDecoder
     tx, dtype = optimizers.make_optimizer(config), optimizers.dtype_of(config, "param_dtype")
     t = config.train
 
-    def loss_fn(params: Params, condition: jax.Array, tokens: jax.Array) -> jax.Array:
+    def loss_fn(params: Params, condition: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         predicted: jax.Array = decoder.apply({"params": params}, condition)  # type: ignore[assignment]
-        return token_loss(predicted, tokens, mask, importance).mean()
+        return token_loss(predicted, tokens, mask, importance).mean(), norm_ratio(predicted, tokens, mask).mean()
 
     def train_step(state: State, condition: jax.Array, tokens: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         condition_rng, token_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
         noisy_condition = add_noise(condition_rng, condition.astype(jnp.float32), t.condition_noise).astype(decoder.dtype)
         noisy_tokens = add_noise(token_rng, tokens, t.token_noise)
         params = optimizers.in_float32(state.params)
-        loss, gradients = mean_gradient(loss_fn, params, mesh, t.accumulate, noisy_condition, noisy_tokens)
+        (loss, ratio), gradients = mean_gradient(loss_fn, params, mesh, t.accumulate, noisy_condition, noisy_tokens)
         updates, opt_state = tx.update(gradients, state.opt_state, params)
         params = optimizers.kept(jax.random.fold_in(token_rng, 0), optax.apply_updates(params, updates), dtype)
-        return State(state.step + 1, params, opt_state, state.rng), {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), "norm_ratio": ratio}
+        return State(state.step + 1, params, opt_state, state.rng), metrics
 
     return train_step
 
 
-def mean_gradient(loss_fn: Callable[..., jax.Array], params: Params, mesh: jax.sharding.Mesh, count: int, *batch: jax.Array
-                  ) -> tuple[jax.Array, Params]:
-    """Return loss and gradient of a batch, the means over `count` microbatches computed one after another."""
+def mean_gradient(loss_fn: Callable[..., tuple[jax.Array, jax.Array]], params: Params, mesh: jax.sharding.Mesh, count: int,
+                  *batch: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    """Return both values of `loss_fn`, and the first one's gradient, as means over `count` microbatches, one after another."""
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if count == 1:
-        return jax.value_and_grad(loss_fn)(params, *batch)
+        return gradient(params, *batch)
 
     def add(total: Any, part: Sequence[jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *part)), None
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
 
     zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), sharding.of_params(mesh, params))
-    total, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), sharding.microbatches(mesh, count, *batch))
+    total, _ = jax.lax.scan(add, ((jnp.zeros(()), jnp.zeros(())), zeros), sharding.microbatches(mesh, count, *batch))
     return jax.tree.map(lambda x: x / count, total)
 
 
@@ -155,62 +158,87 @@ def make_evaluate(decoder: HyperConvDecoder, mask: np.ndarray, importance: np.nd
     return evaluate
 
 
+def make_validate(config: ml_collections.ConfigDict, tasks: Sequence[pairs.Task], decoder: HyperConvDecoder,
+                  mesh: jax.sharding.Mesh, mask: np.ndarray, importance: np.ndarray) -> Callable[[Params], dict[str, float]]:
+    """Return `params -> {"validation_loss": mean, "validation_loss/<task>": ...}`, which is empty without validation tasks."""
+    if not tasks:
+        return lambda params: {}
+    evaluate = jax.jit(make_evaluate(decoder, mask, importance), out_shardings=sharding.replicated(mesh))
+    batch, draws = sharding.put_filled(mesh, *validation_batch(tasks, config)), config.train.validation_draws
+
+    def validate(params: Params) -> dict[str, float]:
+        losses = np.asarray(evaluate(params, *batch))[: len(tasks) * draws].reshape(len(tasks), draws).mean(1)
+        return {"validation_loss": float(losses.mean())} | {
+            f"validation_loss/{task.name}": float(loss) for task, loss in zip(tasks, losses, strict=True)}
+
+    return validate
+
+
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
 def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathlib.Path) -> None:
-    """Train from the latest checkpoint, or from the start, to `config.train.steps`.
+    """Train from the latest sound checkpoint, or from the start, to `config.train.steps`.
 
-    Writes `checkpoints/<step>` every `validate_every` steps, with the loss on the validation tasks, and appends to
-    `metrics.jsonl`. Raises FloatingPointError at a loss that isn't finite, before anything of it is saved.
+    Writes `checkpoints/<step>` every `validate_every` steps, with the losses on the validation tasks, which choose the best
+    one, and appends to `metrics.jsonl`. SIGTERM saves the step under way and returns.
+
+    Raises:
+      FloatingPointError: a loss, a gradient or a parameter that isn't finite, before anything of it is saved.
+      OSError: a checkpoint can't be written, at once or, where `on_failed_save` is "continue", if it was the last one.
     """
+    if config.train.on_failed_save not in ("stop", "continue"):
+        raise InputError(f"config.train.on_failed_save is {config.train.on_failed_save!r}, expected 'stop' or 'continue'")
+    with guards.until_terminated() as terminated:
+        _train(config, store, workdir, terminated)
+
+
+def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathlib.Path, terminated: Callable[[int], bool]
+           ) -> None:
     t = config.train
     mesh = sharding.make_mesh(config.mesh)
     decoder = make_decoder(config, store).clone(mesh=mesh)
     tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
-    evaluate = jax.jit(make_evaluate(decoder, mask, store.importance), out_shardings=sharding.replicated(mesh))
-    held_out = store.split("validation")
-    validation = sharding.put_filled(mesh, *validation_batch(held_out, config)) if held_out else None
-    examples = len(held_out) * t.validation_draws
-
+    validate = make_validate(config, store.split("validation"), decoder, mesh, mask, store.importance)
     if t.calibrate and decoder.length:
         raise InputError(f"config.train.calibrate is set, but conditions of {decoder.length} positions are shortened first")
     state = make_state(config, decoder, mesh, tasks if t.calibrate else ())
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder))
+    checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder), t.keep_last, t.keep_every)
     state = checkpointer.restore(state) or state
     sharding.check_moments(state)
     train_step = jax.jit(make_train_step(config, decoder, mesh, mask, store.importance), donate_argnums=0,
                          out_shardings=(places, None))
-    first = int(state.step)
+    first, rate, names = int(state.step), optimizers.schedule(config), functools.partial(inputs.names, config, tasks)
+    watch = guards.Watch(names, checkpointer.last_good)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0,
                disable=not distributed.is_first())
-    began = time.perf_counter()
-    read, before = inputs.make_read(config, tasks, mesh), None
-    with (contextlib.closing(checkpointer), logs.MetricsLog(workdir, first, distributed.is_first()) as metrics_log,
-          guards.until_terminated() as terminated, inputs.Prefetch(read, first, t.steps, t.prefetch) as batches):
+    with (contextlib.closing(checkpointer), logs.MetricsLog(workdir, first, distributed.is_first(), t.tensorboard) as log,
+          inputs.Prefetch(inputs.make_read(config, tasks, mesh), first, t.steps, t.prefetch) as batches):
         for step, batch in zip(bar, batches, strict=False):
-            state, metrics = train_step(state, *batch)
-            jax.block_until_ready(before)  # two steps may be under way at a time: more would hold their batches on the device
-            before = metrics
             done = step + 1
+            state, metrics = train_step(state, *batch)
+            watch.follow(done, metrics)
             stops = terminated(done)
             validates = done % t.validate_every == 0 or done == t.steps or stops
             if not (validates or done % t.log_every == 0):
                 continue
-            entry = {k: float(v) for k, v in metrics.items()}
-            if validates and validation is not None:
-                entry["validation_loss"] = float(np.asarray(evaluate(state.params, *validation))[:examples].mean())
-            guards.check_finite(entry, done, inputs.names(config, tasks, step))
-            seconds = time.perf_counter() - began
-            entry |= {"input_wait_s": batches.wait_s, "steps_per_s": (done - first) / seconds,
-                      "seconds": metrics_log.seconds + seconds}
-            metrics_log.append({"step": done} | entry)
+            watch.check()
+            if checkpointer.failed() and t.on_failed_save == "stop":
+                return  # closing the checkpointer raises what it was
+            entry = {name: float(value) for name, value in metrics.items()} | {"learning_rate": float(rate(step))}
+            if validates:
+                entry |= validate(state.params)
+                overflow = {} if guards.all_finite(state) else {"a parameter or moment after the update": math.inf}
+                guards.check_finite(entry | overflow, done, names, checkpointer.last_good)
+            entry = log.append(done, entry, t.batch_size, batches.wait_s)
             bar.set_postfix(loss=f"{entry['loss']:.4f}")
             if validates:
                 checkpointer.save(done, state, entry)
             if stops:
-                print(f"terminated: step {done} is saved, the same command goes on from there")
+                checkpointer.wait()
+                if checkpointer.failure is None:
+                    print(f"terminated: step {done} is saved, the same command goes on from there")
                 return
 
 

@@ -9,8 +9,10 @@ import ml_collections
 from dnd_jax import cli, files
 from dnd_jax.types import InputError
 
-# fields that change no parameter of a run but by rounding; another value may resume it
-FREE = frozenset({"train.log_every", "train.prefetch", "mesh.data", "mesh.fsdp", "mesh.tensor"})
+# Fields that change no parameter of a run but by rounding; another value may resume it. `train.steps` is not among them: the
+# learning rate falls to zero at the last step.
+FREE = frozenset({"mesh.data", "mesh.fsdp", "mesh.tensor", "train.prefetch", "train.log_every", "train.tensorboard",
+                  "train.keep_last", "train.keep_every", "train.on_failed_save"})
 
 
 def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -25,11 +25,11 @@ SCORING = tuple(f"dnd_jax/scoring/{name}.py" for name in ("__init__", "kinds", "
 CODE = {
     "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),
     "collect": ("data_pipeline/collect.py", "data_pipeline/fine_tuning.py", "dnd_jax/tasks.py", "dnd_jax/sources.py",
-                "dnd_jax/prompts.py"),
+                "dnd_jax/prompts.py", "dnd_jax/checksums.py"),
     "export": ("data_pipeline/export.py", "data_pipeline/agreement.py", *ADAPTERS, "dnd_jax/tokens.py", "dnd_jax/pairs.py",
                "dnd_jax/encoders.py"),
     "train": ("dnd_jax/train.py", "dnd_jax/optimizers.py", "dnd_jax/decoder.py", "dnd_jax/fourier_conv.py",
-              "dnd_jax/fourier_plan.py", "dnd_jax/losses.py", "dnd_jax/checkpoints.py",
+              "dnd_jax/fourier_plan.py", "dnd_jax/losses.py", "dnd_jax/checkpoints.py", "dnd_jax/checksums.py",
               "dnd_jax/sharding.py", "dnd_jax/distributed.py", "dnd_jax/inputs.py",
               "dnd_jax/logs.py", "dnd_jax/guards.py", "dnd_jax/workdirs.py"),
     "generate": ("dnd_jax/generate.py", "dnd_jax/adapters/card.py"),

@@ -5,9 +5,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -35,8 +37,6 @@ def write_adapter(folder, rng, *, rank=2, layers=2, hidden=8, dtype=np.float32, 
             tensors[f"{key}.lora_A.weight"] = rng.normal(size=(rank, hidden)).astype(dtype)
             tensors[f"{key}.lora_B.weight"] = rng.normal(size=(out, rank)).astype(dtype)
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    import json
-
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["v_proj", "q_proj"],
                 "base_model_name_or_path": "base", "task_type": "CAUSAL_LM"} | config
     (folder / "adapter_config.json").write_text(json.dumps(settings))
@@ -55,8 +55,12 @@ def smoke(tmp_path_factory):
     config = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
     root = "build/tenants-smoke"
     run_module("data_pipeline.tenants", f"--out={root}", "--smoke", cwd=folder)
-    run_module("data_pipeline.collect", config, "--jobs=2", cwd=folder)
-    run_module("data_pipeline.export", config, cwd=folder)
+    seconds = {}
+    for name, options in (("collect", ["--jobs=2"]), ("export", [])):
+        began = time.perf_counter()
+        run_module(f"data_pipeline.{name}", config, *options, cwd=folder)
+        seconds[name] = time.perf_counter() - began
+    (folder / "seconds.json").write_text(json.dumps(seconds))
     run_module("dnd_jax.train", config, f"--workdir={root}/run", cwd=folder)
     return folder
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from conftest import ROOT, run_module
 
-from dnd_jax import adapters, checkpoints, pairs, tokens
+from dnd_jax import adapters, checkpoints, checksums, pairs, tokens
 from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.prompts import read_prompts
 
@@ -124,6 +124,7 @@ def test_dora_runs_train_and_generate_saying_what_is_not_generated(smoke, tmp_pa
         safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+        checksums.write(folder.parent)
     shutil.rmtree(root / "run")
     run_module("data_pipeline.export", CONFIG, cwd=tmp_path)
     run_module("dnd_jax.train", CONFIG, "--workdir=build/tenants-smoke/run", cwd=tmp_path)

@@ -85,6 +85,7 @@ def published(
         "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": False,
         "optimizer": "adamw", "param_dtype": "float32", "compute_dtype": "bfloat16", "accumulate": 1, "remat": False,
         "prefetch": 4, "log_every": 10, "validate_every": 100, "validation_draws": 4,
+        "keep_last": 2, "keep_every": 0, "on_failed_save": "continue", "tensorboard": False,
     }
     config.evaluate = {
         "scoring": scoring, "samples": 10, "temperature": 0.8, "max_new_tokens": max_new_tokens, "draws": 3, "batch_size": 32,

@@ -49,6 +49,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "clip_norm": 1.0, "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": True,
         "optimizer": "adamw", "param_dtype": "float32", "compute_dtype": "float32", "accumulate": 1, "remat": False,
         "prefetch": 2, "log_every": 1 if smoke else 10, "validate_every": 2 if smoke else 50, "validation_draws": 4,
+        "keep_last": 2, "keep_every": 0, "on_failed_save": "stop", "tensorboard": False,
     }
     config.evaluate = {
         "scoring": "exact", "samples": 10, "temperature": 0.8,

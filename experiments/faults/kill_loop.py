@@ -1,0 +1,214 @@
+"""Kill the miniature pipeline at random moments, start it again each time, and compare with a run that nobody disturbed.
+
+    python -m experiments.faults.kill_loop --kills=100
+
+Each station in turn is killed (SIGKILL, all its processes) after a time drawn uniformly from its undisturbed duration;
+training starts again on a mesh drawn anew. After each kill everything that has a final name must open and agree with its
+hashes. In the end adapters and store must be equal bit for bit; parameters, losses and the generated adapter, which other
+meshes round otherwise, within TOLERANCE. Hardware: 2 CPU cores, about 8 seconds a kill.
+"""
+
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from dnd_jax import adapters, checkpoints, checksums, cli, files, logs, pairs
+
+HERE = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path("build/tenants-smoke")
+CONFIG = f"--config={HERE}/experiments/configs/tenants.py:smoke"
+SECONDS = "seconds.json"
+TRAIN = ("steps=24", "validate_every=3", "keep_last=3")
+# module and arguments, and what is removed to do a station again
+STATIONS = {
+    "collect": (["data_pipeline.collect", CONFIG, "--jobs=2"], ROOT / "adapters"),
+    "export": (["data_pipeline.export", CONFIG], ROOT / "store"),
+    "train": (["dnd_jax.train", CONFIG, f"--workdir={ROOT}/killed", *(f"--config.train.{s}" for s in TRAIN)], ROOT / "killed"),
+    "generate": (["dnd_jax.generate", f"--workdir={ROOT}/killed", "--prompts=prompts.txt", f"--out={ROOT}/generated/mine"],
+                 ROOT / "generated"),
+}
+MESHES = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2))
+TOLERANCE = {"parameters": 1e-4, "losses": 1e-5, "adapter": 1e-4}
+
+
+def start(folder: pathlib.Path, name: str, mesh: tuple[int, ...] = MESHES[0]) -> subprocess.Popen[str]:
+    """Start a station in a folder, in a process group of its own."""
+    command = [sys.executable, "-m", *STATIONS[name][0]]
+    if name == "train":
+        command += [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    devices = f"--xla_force_host_platform_device_count={math.prod(mesh)}"
+    env = os.environ | {"PYTHONPATH": str(HERE), "XLA_FLAGS": devices if name == "train" else ""}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    """Wait for a station; raise RuntimeError with what it said if it failed."""
+    said, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, process.args))}: exit status {process.returncode}\n{said[-3000:]}")  # type: ignore[arg-type]
+
+
+def make_world(folder: pathlib.Path) -> None:
+    """Write the embedded world's miniature."""
+    command = [sys.executable, "-m", "data_pipeline.tenants", f"--out={ROOT}", "--smoke"]
+    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(HERE)}, check=True, stdout=subprocess.DEVNULL)
+
+
+def undisturbed(folder: pathlib.Path) -> dict[str, float]:
+    """Run all stations that the folder's SECONDS doesn't know; return how long each took."""
+    (folder / "prompts.txt").write_text("".join(f"how zib is the thing{i} :\n" for i in range(14)))
+    seconds = files.read_json(folder / SECONDS) if (folder / SECONDS).exists() else {}
+    for name in STATIONS:
+        if name not in seconds:
+            began = time.perf_counter()
+            finish(start(folder, name))
+            seconds[name] = time.perf_counter() - began
+    files.write_json(folder / SECONDS, seconds)
+    return seconds
+
+
+def disturb(folder: pathlib.Path, name: str, kills: int, seconds: float, rng: random.Random) -> list[tuple[int, ...]]:
+    """Kill a station `kills` times, checking what is there each time, then let it finish; return the meshes it ran on."""
+    meshes: list[tuple[int, ...]] = []
+    while kills:
+        meshes.append(rng.choice(MESHES))
+        process = start(folder, name, meshes[-1])
+        try:
+            process.communicate(timeout=rng.uniform(0, seconds))
+            finish(process)
+            shutil.rmtree(folder / STATIONS[name][1])  # nothing left to kill: do it again
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills -= 1
+        check_visible(folder / ROOT)
+    meshes.append(rng.choice(MESHES))
+    finish(start(folder, name, meshes[-1]))
+    check_visible(folder / ROOT)
+    return meshes
+
+
+def check_visible(root: pathlib.Path) -> None:
+    """Open everything that has a final name, and compare it with its hashes; an error names what is half-written."""
+    for run in named(root / "adapters"):
+        files.read_json(run / "run.json")
+        for folder in run.glob("step_*"):
+            adapters.read(folder)
+    if (root / "store").exists():
+        pairs.open_store(root / "store")
+    if (root / "killed" / "config.json").exists():
+        files.read_json(root / "killed" / "config.json")
+    if (root / "killed" / logs.NAME).exists():
+        logs.read_metrics(root / "killed")
+    for path in named(root / "killed" / "checkpoints"):
+        if path.name.isdigit() and (fault := checksums.fault(path)):
+            raise RuntimeError(f"{path}: {fault}")
+    if any(path.name.isdigit() for path in named(root / "killed" / "checkpoints")):
+        checkpoints.load_latest(root / "killed" / "checkpoints")
+    for path in named(root / "generated"):
+        adapters.read(path)
+        if not path.is_symlink() and adapters.content_hash(path) != path.name:
+            raise RuntimeError(f"{path}: its content is not what its name says")
+
+
+def named(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return what a folder holds under final names."""
+    return [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
+
+
+def bytes_of(root: pathlib.Path) -> dict[str, str]:
+    """Return hashes of all files of runs and store; of `run.json` without the seconds that it took."""
+    found = {}
+    for path in sorted(p for part in ("adapters", "store") for p in (root / part).rglob("*") if p.is_file()):
+        name = str(path.relative_to(root))
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
+        if path.name == "run.json":
+            found[name] = files.sha256_text(json.dumps(files.read_json(path) | {"seconds": None}))
+        elif path.name != checksums.NAME:
+            found[name] = files.sha256_file(path)
+    return found
+
+
+def compare(whole: pathlib.Path, killed: pathlib.Path) -> dict[str, Any]:
+    """Return how two pipelines' results differ: the files that do, and the largest differences of the rest."""
+    ours, theirs = bytes_of(killed / ROOT), bytes_of(whole / ROOT)
+    runs = [folder / ROOT / "killed" for folder in (killed, whole)]
+    steps, params = zip(*(checkpoints.load_latest(run / "checkpoints") for run in runs), strict=True)
+    lines = [{entry["step"]: entry for entry in logs.read_metrics(run)} for run in runs]
+    losses = [abs(lines[0][step][name] / entry[name] - 1) if step in lines[0] else math.inf
+              for step, entry in lines[1].items() for name in ("loss", "validation_loss") if name in entry]
+    trees = [adapters.read(folder / ROOT / "generated" / "mine")[0] for folder in (killed, whole)]
+    return {
+        "files": sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)),
+        "compared": len(theirs), "steps": sorted({*steps}), "parameters": largest(*params), "losses": max(losses),
+        "adapter": largest(*trees),
+    }
+
+
+def largest(a: Any, b: Any) -> float:
+    """Return the largest absolute difference of two trees."""
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+
+
+def kill_loop(whole: pathlib.Path, killed: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
+    """Disturb a copy of `whole`'s world, and return how its results differ from those of `whole`.
+
+    Raises:
+      RuntimeError, InputError: a station that doesn't go on after a kill, or a half-written file under a final name.
+    """
+    seconds, rng = undisturbed(whole), random.Random(seed)
+    for part in ("base", "encoder", "datasets"):
+        shutil.copytree(whole / ROOT / part, killed / ROOT / part)
+    for part in ("tasks.json", "base_model.json"):
+        shutil.copyfile(whole / ROOT / part, killed / ROOT / part)
+    shutil.copyfile(whole / "prompts.txt", killed / "prompts.txt")
+    meshes: list[tuple[int, ...]] = []
+    for number, name in enumerate(STATIONS):
+        share = (kills + len(STATIONS) - 1 - number) // len(STATIONS)
+        ran = disturb(killed, name, share, seconds[name], rng)
+        meshes += ran if name == "train" else []
+        print(f"{name}: {share} kills, undisturbed {seconds[name]:.1f} s", flush=True)
+    return compare(whole, killed) | {"meshes": sorted({*meshes}), "restarts of training": len(meshes) - 1}
+
+
+def within(found: dict[str, Any]) -> bool:
+    """Tell whether two pipelines' results are equal, as far as they can be."""
+    return not found["files"] and all(found[name] <= TOLERANCE[name] for name in TOLERANCE)
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("kills", 10, "How often to kill, all stations together.")
+    flags.DEFINE_integer("seed", 0, "Draws moments and meshes.")
+    flags.DEFINE_string("out", "build/kill_loop", "Folder that is made anew; `whole` and `killed` in it are compared.")
+
+
+def main(args: Any) -> None:
+    out = pathlib.Path(args.out).resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    for name in ("whole", "killed"):
+        (out / name).mkdir(parents=True)
+    make_world(out / "whole")
+    found = kill_loop(out / "whole", out / "killed", args.kills, args.seed)
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    print(f"{args.kills} kills: " + ("everything equals the undisturbed run" if within(found) else "results DIFFER"))
+    if not within(found):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

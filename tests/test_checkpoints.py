@@ -1,0 +1,158 @@
+"""Checkpoints: damage is found and passed by, a failed write is reported and costs no older checkpoint."""
+
+import contextlib
+import gc
+import resource
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dnd_jax import checkpoints, checksums
+from dnd_jax.types import InputError
+
+ABOUT = {"kernel_size": 3}
+
+
+def state_of(step, size=1000):
+    return {"params": {"kernel": jnp.arange(size, dtype=jnp.float32) + step}, "step": jnp.asarray(step)}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Checkpoints 1 (best), 2 and 3."""
+    folder = tmp_path_factory.mktemp("written")
+    checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=3)
+    for step, loss in ((1, 0.1), (2, 0.3), (3, 0.2)):
+        checkpointer.save(step, state_of(step), {"validation_loss": loss})
+    checkpointer.close()
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "checkpoints")
+
+
+def largest(path):
+    return max((file for file in (path / "state").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def flip(path, place=-100):
+    data = bytearray(path.read_bytes())
+    data[max(place, -len(data))] ^= 4
+    path.write_bytes(data)
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "state flipped": lambda path: flip(largest(path)),
+    "state cut short": lambda path: halve(largest(path)),
+    "state lost": lambda path: largest(path).unlink(),
+    "metadata flipped": lambda path: flip(path / "_CHECKPOINT_METADATA"),
+    "metadata lost": lambda path: (path / "_CHECKPOINT_METADATA").unlink(),
+    "hashes cut short": lambda path: halve(path / checksums.NAME),
+    "no hashes, state cut short": lambda path: ((path / checksums.NAME).unlink(), halve(largest(path))),
+}
+
+
+def restored(folder):
+    return checkpoints.Checkpointer(folder, ABOUT).restore(state_of(0))
+
+
+# Orbax leaves coroutines of a load that fails half-way to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_by_readers_and_set_aside_by_training(folder, capsys, damage):
+    DAMAGE[damage](folder / "3")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    step, params = checkpoints.load_latest(folder)
+    assert step == 2 and params["kernel"][0] == 2
+    assert ("3: damaged" in capsys.readouterr().out) == (damage != "metadata lost")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    state = restored(folder)
+    assert int(state["step"]) == 2 and (folder / "3.damaged").is_dir() and not (folder / "3").exists()
+    assert f"{folder}/3: damaged" in capsys.readouterr().out
+    shutil.rmtree(folder / "2")
+    DAMAGE[damage](folder / "1")
+    with pytest.raises(InputError, match=r"is sound|holds no checkpoint"):
+        checkpoints.load_best(folder)
+    assert restored(folder) is None
+    gc.collect()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"validation_loss": 0.9}', "\xff\xfe{"])
+def test_damaged_metrics_cost_the_metrics_only(folder, capsys, text):
+    (folder / "1" / checkpoints.METRICS).write_text(text, encoding="latin-1")
+    step, _, about, metrics = checkpoints.load_best(folder)
+    assert step == 3 and metrics == {"validation_loss": 0.2} and about == ABOUT
+    assert "metrics: damaged" in capsys.readouterr().out
+    checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=2)
+    assert int(checkpointer.restore(state_of(0))["step"]) == 3
+    checkpointer.save(4, state_of(4), {"validation_loss": 0.4})
+    checkpointer.close()
+    assert {path.name for path in folder.iterdir()} == {"3", "4"}  # 1 no longer counts as the best
+
+
+def test_lost_metrics_empty_folders_and_halves_do_not_keep_the_others_from_opening(folder, capsys):
+    shutil.rmtree(folder / "3" / "metrics")
+    (folder / "4").mkdir()
+    (folder / "5.orbax-checkpoint-tmp").mkdir()
+    assert checkpoints.load_best(folder)[0] == 1 and checkpoints.load_latest(folder)[0] == 3
+    checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=3)
+    assert int(checkpointer.restore(state_of(0))["step"]) == 3
+    checkpointer.save(4, state_of(4), {})
+    checkpointer.close()
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "3", "4"}
+
+
+def test_a_kill_between_commit_and_hashes_costs_neither(folder):
+    known = (folder / "3" / checksums.NAME).read_text()
+    (folder / "3" / checksums.NAME).unlink()
+    assert checkpoints.load_latest(folder)[0] == 3
+    assert int(restored(folder)["step"]) == 3 and (folder / "3" / checksums.NAME).read_text() == known
+
+
+@contextlib.contextmanager
+def file_size_limit(folder):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("full", [file_size_limit, small_disk])
+def test_a_failed_write_is_reported_at_once_and_costs_no_older_checkpoint(tmp_path, capsys, full):
+    values = jnp.asarray(np.random.default_rng(0).normal(size=300_000), jnp.float32)
+    with full(tmp_path):
+        checkpointer = checkpoints.Checkpointer(tmp_path, ABOUT)
+        checkpointer.save(1, state_of(1), {"validation_loss": 0.1})
+        checkpointer.save(2, {**state_of(2), "more": values}, {"validation_loss": 0.2})
+        checkpointer.wait()
+        said = f"{tmp_path}/2: this checkpoint is not written: "
+        assert checkpointer.failed() and f"error: {said}" in capsys.readouterr().err
+        assert checkpoints.load_latest(tmp_path)[0] == 1
+        checkpointer.save(3, state_of(3), {"validation_loss": 0.3})
+        checkpointer.wait()
+        assert not checkpointer.failed() and checkpoints.load_latest(tmp_path)[0] == 3
+        assert {path.name for path in tmp_path.iterdir()} == {"1", "3"}
+        checkpointer.save(4, {**state_of(4), "more": values}, {"validation_loss": 0.4})
+        with pytest.raises(OSError, match=f"{tmp_path}/4: this checkpoint is not written: .*; the last good .*{tmp_path}/3$"):
+            checkpointer.close()

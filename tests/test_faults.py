@@ -1,0 +1,186 @@
+"""What breaks around a run: kills, bytes that change, disks that are full or can't be written. Nothing is lost unsaid."""
+
+import contextlib
+import json
+import resource
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import make_store, run_module, tiny_config, train_command, write_adapter
+
+from dnd_jax import adapters, checkpoints, checksums, files, logs, pairs, train, workdirs
+from dnd_jax.types import InputError
+from experiments.faults import kill_loop
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A store and a finished run on it, whose config names the store `store`."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_store(folder / "store", np.random.default_rng(0))
+    files.write_text(folder / "store" / pairs.SEAL, files.sha256_file(folder / "store" / "manifest.json"))
+    with contextlib.chdir(folder):
+        train.run(tiny_config("store"), folder / "run")
+    write_adapter(folder / "runs" / "task" / "step_1", np.random.default_rng(0))
+    checksums.write(folder / "runs" / "task")
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def open_runs(folder):
+    from data_pipeline import export
+
+    _, spec = adapters.read(folder / "store" / "template")
+    export.read_run(folder / "runs" / "task", lambda tree: tree, spec, pairs.open_store(folder / "store").layout, "first")
+
+
+OPEN_STORE = lambda folder: pairs.open_store(folder / "store")  # noqa: E731
+CLAIM = lambda folder: workdirs.claim(tiny_config("store"), folder / "run")  # noqa: E731
+RESUME = lambda folder: train.run(tiny_config("store"), folder / "run")  # noqa: E731
+# file, what reads it, and the first and the last place of a flipped byte
+FILES = {
+    "store/manifest.json": OPEN_STORE, "store/manifest.sha256": OPEN_STORE, "store/importance.npy": OPEN_STORE,
+    "store/tasks/task1/tokens.npy": OPEN_STORE, "store/tasks/task1/condition.npy": OPEN_STORE,
+    "store/tasks/task1/prompts.json": OPEN_STORE,
+    "runs/task/step_1/adapter_model.safetensors": open_runs, "runs/task/step_1/adapter_config.json": open_runs,
+    "runs/task/sha256.json": open_runs, "run/config.json": CLAIM, "run/metrics.jsonl": RESUME,
+}
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_byte_is_an_error_that_names_the_file(folder, name, place):
+    data = bytearray((folder / name).read_bytes())
+    at = int(place * len(data))
+    if name.endswith(("config.json", "metrics.jsonl")) and "run/" in name:
+        data[at:at + 1] = b"\x00"  # a changed digit of a log is no error that anyone could see
+    else:
+        data[at] ^= 1
+    (folder / name).write_bytes(data)
+    said = name.replace(".", r"\.")
+    if name.endswith((pairs.SEAL, checksums.NAME)):  # of a file and its hash, either may have changed: both are named
+        said = rf": .*sha256.*{name.rpartition('/')[2]}"
+    with pytest.raises(InputError, match=said):
+        FILES[name](folder)
+
+
+def test_a_checkpoint_with_a_changed_byte_is_set_aside_and_training_goes_on_to_the_same_end(folder, capsys):
+    whole = checkpoints.load_latest(folder / "run" / "checkpoints")[1]
+    log = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    path = max((p for p in (folder / "run" / "checkpoints" / "6" / "state").rglob("*") if p.is_file()),
+               key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    RESUME(folder)
+    assert "checkpoints/6: damaged" in capsys.readouterr().out and (folder / "run" / "checkpoints" / "6.damaged").is_dir()
+    step, params = checkpoints.load_latest(folder / "run" / "checkpoints")
+    assert step == 6 and json.dumps(params, default=np.ndarray.tolist) == json.dumps(whole, default=np.ndarray.tolist)
+    assert [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        json.loads(line)["loss"] for line in log]
+
+
+@pytest.mark.parametrize("choice,logged", [("stop", 4), ("continue", 6)])
+def test_a_run_whose_checkpoints_fail_stops_or_goes_on_by_the_configs_choice(folder, capsys, choice, logged):
+    """Checkpoints 2 and 4 fit, since files are small enough; then none does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = tiny_config("store", on_failed_save=choice)
+    saved = checkpoints.Checkpointer.save
+
+    def save(self, step, state, metrics):
+        if step == 4:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
+        saved(self, step, state, metrics)
+        self.wait()  # so that the run notices before its next line
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.Checkpointer, "save", save)
+        try:
+            with pytest.raises(OSError, match=r"checkpoints/\d: this checkpoint is not written: .*last good .*checkpoints/2$"):
+                train.run(config, folder / "full")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "checkpoints/4: this checkpoint is not written" in capsys.readouterr().err
+    assert len(logs.read_metrics(folder / "full")) == logged
+    train.run(config, folder / "full")
+    assert checkpoints.load_latest(folder / "full" / "checkpoints")[0] == 6
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Mount a folder on itself, for reading only."""
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
+        pytest.skip("mounting a folder for reading only needs root")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def write_generated(folder):
+    tree, spec = adapters.read(folder / "runs" / "task" / "step_1")
+    adapters.write_addressed(folder / "run" / "adapters", tree, spec, "card")
+
+
+WRITERS = {
+    "train again": RESUME, "train anew": lambda folder: train.run(tiny_config("store"), folder / "run" / "new"),
+    "generate": write_generated,
+    "write a store": lambda folder: files.atomic_folder(folder / "run" / "store").__enter__(),
+    "write a report": lambda folder: files.write_text(folder / "run" / "report.html", ""),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_folder_that_cannot_be_written_is_named(folder, writer):
+    run = folder / "run"
+    with read_only(run), pytest.raises((InputError, OSError), match=rf"{run}.*Read-only|Read-only.*{run}"):
+        WRITERS[writer](folder)
+    with read_only(run):
+        assert checkpoints.load_best(folder / "run" / "checkpoints")[0] in (2, 4, 6)
+
+
+def test_the_command_says_it_in_one_line(folder):
+    done = run_module(*train_command("store", "run/config.json/below"), cwd=folder, check=False)
+    assert done.returncode == 1 and done.stderr == "error: run/config.json/below: Not a directory\n"
+
+
+def test_a_full_disk_names_the_file_that_is_not_written(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tree, spec = adapters.read(write_folder(tmp_path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}/report.html: not written: File too large"):
+            files.write_text(tmp_path / "report.html", "x" * 5000)
+        with pytest.raises(OSError, match=f"{tmp_path}/store: not written"), files.atomic_folder(tmp_path / "store") as store:
+            np.save(store / "tokens.npy", np.zeros(5000))
+        with pytest.raises(OSError, match=f"{tmp_path}/out.*: not written"):
+            adapters.write_addressed(tmp_path / "out", tree, spec, "card")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.rglob("*") if "tmp" in path.name or path.name == "store") == []
+
+
+def write_folder(tmp_path):
+    write_adapter(tmp_path / "adapter", np.random.default_rng(0))
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_pipeline_ends_as_if_undisturbed(smoke, tmp_path, kills):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(smoke / "build", tmp_path / "whole" / "build")
+    shutil.copyfile(smoke / kill_loop.SECONDS, tmp_path / "whole" / kill_loop.SECONDS)
+    found = kill_loop.kill_loop(tmp_path / "whole", tmp_path / "killed", kills, 0)
+    assert kill_loop.within(found), found
+    assert found["steps"] == [24] and found["compared"] > 50
