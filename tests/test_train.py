@@ -150,6 +150,10 @@ try:
     sharding.check_moments(train.State(state.step, state.params, whole, state.rng))
 except RuntimeError as error:
     print(error)
+try:
+    train.train(tiny_config(store, batch_size=6), pairs.open_store(store), folder / "six")
+except ValueError as error:
+    print(error)
 """
 
 
@@ -164,6 +168,7 @@ def test_one_device_equals_every_mesh_of_eight(tmp_path, on_one_device):
         assert_same_losses(log, read_log(tmp_path / name))
     assert "(128, 128, 1, 1) (64, 64, 1, 1) P('tensor', 'fsdp')" in done.stdout
     assert "(128, 1, 1) True" in done.stdout and "float32 True" in done.stdout
+    assert "a batch of 6 does not divide over 8 devices" in done.stdout
     assert "optimizer state" in done.stdout and "its parameter as" in done.stdout
 
 
