@@ -31,5 +31,5 @@ def fault(folder: pathlib.Path, below: str = "") -> str | None:
     except (InputError, AttributeError, TypeError) as error:
         return f"{NAME}: {error}"
     except OSError as error:
-        return f"{name}: {error.strerror}"
+        return f"{name}: {error.strerror}, {NAME} lists it"
     return None
