@@ -47,6 +47,7 @@ def measure(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, tasks:
             ) -> dict[str, float]:
     """Return samples/s of input, step and both, bytes of a sample, and the share of the time spent waiting for input."""
     mesh, size = sharding.make_mesh(config.mesh), config.train.batch_size
+    decoder = decoder.clone(mesh=mesh)
     read = inputs.make_read(config, tasks, mesh)
     mask = ~np.isnan(tasks[0].tokens[0])
     step = jax.jit(train.make_train_step(config, decoder, mesh, mask, np.ones(len(mask), np.float32)), donate_argnums=0)
