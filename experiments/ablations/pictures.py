@@ -32,7 +32,10 @@ def curves(table: pandas.DataFrame, labels: Mapping[str, str]) -> Figure:
         for (run, label), color in zip(labels.items(), colors, strict=True):
             line = table[table["run"] == run].dropna(subset=[column])
             axes.plot(line["step"].astype(int), line[column], color=color, label=label, marker="." if len(line) < 12 else None)
-        axes.set(title=title, xlabel="step", yscale="log")
+        axes.set(title=title, xlabel="step")
+    losses = table[["loss", "validation_loss"]].stack()
+    if losses.max() > 3 * losses.min():
+        found[0].set_yscale("log")
     found[0].set_ylabel("loss")
     figure.legend(*found[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     _axes(figure)
@@ -74,8 +77,8 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> Figure:
             ("trained_nearest", "|", GREY, "trained to its nearest training adapter")):
         axes.plot(table[column], table["task"], marker, color=color, label=label, mew=2)
     axes.axvline(1, color=GREY, lw=1)
+    axes.set_ylim(len(table) - 0.4, -0.6)
     axes.set(xlim=(0, None), xlabel="distance; 1 (the line) is from the trained adapter to the mean of the training adapters")
-    axes.invert_yaxis()
     axes.grid(axis="y", color="#eeeeee")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     _axes(figure)
@@ -92,7 +95,8 @@ def spectra(s: anatomy.Specimens, task: str) -> Figure:
     for i, (label, (values, color)) in enumerate(found.items()):
         for number in range(values.shape[1]):
             places = np.arange(len(modules)) + 0.25 * (i - 1)
-            axes.bar(places, values[:, number], 0.22, color=color, alpha=1 / (1 + number), label=label if number == 0 else None)
+            axes.bar(places, values[:, number], 0.22, color=color, alpha=(1 + number) / values.shape[1],
+                     label=label if number == values.shape[1] - 1 else None)
     axes.set_xticks(range(len(modules)), [short(module) for module in modules], rotation=45, ha="right")
     axes.set_ylabel("singular values of B A")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
