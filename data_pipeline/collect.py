@@ -24,7 +24,7 @@ import ml_collections
 from absl import flags
 from tqdm import tqdm
 
-from data_pipeline import fine_tuning
+from data_pipeline import fine_tuning, images
 from dnd_jax import checksums, cli, files, prompts
 from dnd_jax.sources import Source
 from dnd_jax.tasks import read_tasks
@@ -107,7 +107,8 @@ def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: 
         if name in initial:
             parameter.data.copy_(initial[name])
     rows = [row for source in run.sources for row in prompts.read_rows(source)[: c.max_rows]]
-    examples = fine_tuning.tokenise(tokenizer, rows, c.max_length)
+    reader = images.Reader(config.base, tokenizer) if any(row.images for row in rows) else None
+    examples = fine_tuning.tokenise(tokenizer, rows, c.max_length, reader)
     if not examples:
         raise InputError(f"{run.name}: every prompt fills the cut-off, config.collect.max_length = {c.max_length} tokens")
     writes = accelerator is None or accelerator.is_main_process

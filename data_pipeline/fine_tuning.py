@@ -8,10 +8,11 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
+from data_pipeline.images import Reader
 from dnd_jax import prompts
 from dnd_jax.types import InputError
 
@@ -20,7 +21,14 @@ QUANTISED = ("none", "nf4")
 VISION_TOWER = r".*(visual|vision).*"  # has layers of the same names as the language tower
 IGNORED = -100  # the label of what isn't learned
 
-Example = tuple[list[int], list[int]]
+
+class Example(NamedTuple):
+    """Ids and labels of a row, as many as each other, and its images, with what reads them."""
+
+    ids: list[int]
+    labels: list[int]
+    images: tuple[Any, ...] = ()
+    reader: Reader | None = None
 
 
 def check(c: ml_collections.ConfigDict, processes: int = 1) -> None:
@@ -82,38 +90,52 @@ def add_lora(model: Any, c: ml_collections.ConfigDict, seed: int) -> Any:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def tokenise(tokenizer: Any, rows: Sequence[prompts.Row], max_length: int) -> list[Example]:
+def tokenise(tokenizer: Any, rows: Sequence[prompts.Row], max_length: int,
+             reader: Reader | None = None) -> list[Example]:
     """Return ids and labels of every row, cut off at `max_length`, without those of which no response token is left.
 
+    What is left of a row with images has all their tokens, as they come before the response.
+
+    Args:
+      tokenizer: of the base.
+      rows: of one task.
+      max_length: in tokens, those of images included.
+      reader: of images, where rows have them.
+
     Raises:
-      InputError: a row with images, which would be trained on blindly.
+      InputError: a row with images without a reader, which would be trained on blindly.
     """
-    if seen := next((row for row in rows if row.images), None):
+    if reader is None and (seen := next((row for row in rows if row.images), None)):
         raise InputError(f"fine-tuning takes text only, a row has images: {seen.prompt[:60]!r} with {str(seen.images[0])[:60]}")
     examples = []
     for row in rows:
-        prompt, response = prompts.prompt_ids(tokenizer, row), prompts.response_ids(tokenizer, row)
-        examples.append(((prompt + response)[:max_length], ([IGNORED] * len(prompt) + response)[:max_length]))
+        prompt = reader.prompt_ids(row) if reader and row.images else prompts.prompt_ids(tokenizer, row)
+        response = prompts.response_ids(tokenizer, row)
+        ids, labels = prompt + response, [IGNORED] * len(prompt) + response
+        examples.append(Example(ids[:max_length], labels[:max_length], tuple(row.images), reader if row.images else None))
     return [example for example in examples if learned(example)]
 
 
 def learned(example: Example) -> int:
     """Return how many tokens of an example the loss is on: all that have a label, but for the first."""
-    return sum(label != IGNORED for label in example[1][1:])
+    return sum(label != IGNORED for label in example.labels[1:])
 
 
 def collate(examples: Sequence[Example], fill: int) -> dict[str, Any]:
-    """Return model inputs: examples padded to the right with the token `fill`, labels on responses only."""
+    """Return model inputs: examples padded to the right with the token `fill`, labels on responses only, and their images."""
     import torch
 
-    width = max(len(ids) for ids, _ in examples)
+    width = max(len(example.ids) for example in examples)
 
     def pad(values: Sequence[list[int]], value: int) -> Any:
         return torch.tensor([v + [value] * (width - len(v)) for v in values])
 
-    return {"input_ids": pad([ids for ids, _ in examples], fill),
-            "attention_mask": pad([[1] * len(ids) for ids, _ in examples], 0),
-            "labels": pad([labels for _, labels in examples], IGNORED)}
+    inputs = {"input_ids": pad([example.ids for example in examples], fill),
+              "attention_mask": pad([[1] * len(example.ids) for example in examples], 0),
+              "labels": pad([example.labels for example in examples], IGNORED)}
+    if reader := next((example.reader for example in examples if example.reader), None):
+        inputs |= reader.inputs([image for example in examples for image in example.images], inputs["input_ids"])
+    return inputs
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ ADAPTERS = tuple(f"dnd_jax/adapters/{name}.py" for name in (
 SCORING = tuple(f"dnd_jax/scoring/{name}.py" for name in ("__init__", "kinds", "model"))
 CODE = {
     "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),
-    "collect": ("data_pipeline/collect.py", "data_pipeline/fine_tuning.py", "dnd_jax/tasks.py", "dnd_jax/sources.py",
-                "dnd_jax/prompts.py", "dnd_jax/checksums.py"),
+    "collect": ("data_pipeline/collect.py", "data_pipeline/fine_tuning.py", "data_pipeline/images.py", "dnd_jax/tasks.py",
+                "dnd_jax/sources.py", "dnd_jax/prompts.py", "dnd_jax/checksums.py"),
     "export": ("data_pipeline/export.py", "data_pipeline/agreement.py", *ADAPTERS, "dnd_jax/tokens.py", "dnd_jax/pairs.py",
                "dnd_jax/encoders.py"),
     "train": ("dnd_jax/train.py", "dnd_jax/optimizers.py", "dnd_jax/decoder.py", "dnd_jax/fourier_conv.py",
