@@ -45,7 +45,7 @@ class Reader:
         Raises:
           InputError: an image that can't be read, or another number of places in the text than of images.
         """
-        messages = [{"role": "system", "content": row.system}] if row.system else []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": row.system}] if row.system else []
         messages.append({"role": "user", "content": content(row)})
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         counts = [self._count(image) for image in row.images]

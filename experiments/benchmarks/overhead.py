@@ -111,7 +111,8 @@ def measure_lora(config: ml_collections.ConfigDict, vocabulary: int, length: int
     model = fine_tuning.add_lora(model.to(*place), c, 0)
     ids = np.random.default_rng(0).integers(vocabulary, size=(c.batch_size, length)).tolist()
     ends = [time.perf_counter()]
-    fine_tuning.fine_tune(model, [(row, row) for row in ids], 0, c, 0, 1, repeats, lambda step: ends.append(time.perf_counter()))
+    examples = [fine_tuning.Example(row, row) for row in ids]
+    fine_tuning.fine_tune(model, examples, 0, c, 0, 1, repeats, lambda step: ends.append(time.perf_counter()))
     return float(np.median(np.diff(ends[1:]))) if repeats > 1 else ends[-1] - ends[0]
 
 
