@@ -100,7 +100,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
 def test_every_docstring_says_command_hardware_and_what_to_expect():
     for file in FILES:
         text = pathlib.Path(importlib.import_module(f"experiments.configs.{file}").__file__).read_text().split('"""')[1]
-        assert f"--config=experiments/configs/{file}.py" in text and "Hardware: " in text and "Expected" in text
+        assert f"--config=experiments/configs/{file}.py" in text and "Hardware: an A100" in text and "Expected" in text
 
 
 # billions of parameters and TFLOP per adapter of the published decoders

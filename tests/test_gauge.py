@@ -65,6 +65,15 @@ def test_align_keeps_products_and_undoes_a_change_of_gauge(rng):
         np.testing.assert_allclose(back[path], value, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [2, 16])
+def test_align_keeps_products_however_far_the_reference_is(rank):
+    """Of unrelated A some are nearly singular seen from the other: their inverse would lose the product's digits."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        tree, other = (make(rng, {"q": (rank, 96, 64)}) for _ in range(2))
+        assert_same_products(tree, adapters.align(tree, other))
+
+
 def test_align_is_the_nearest(rng):
     modules = {"q": SHAPES["q"]}
     tree, reference = make(rng, modules), make(rng, modules)

@@ -12,6 +12,8 @@ from conftest import ROOT, run_module
 from dnd_jax import adapters, checkpoints, checksums, pairs, tokens
 from dnd_jax.encoders import SentenceEncoder
 from dnd_jax.prompts import read_prompts
+from experiments import run
+from experiments.configs import common_sense
 
 CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
 
@@ -67,16 +69,15 @@ def test_store_holds_the_adapters_and_the_conditions(root):
     np.testing.assert_allclose(store.importance.mean(), 1, rtol=1e-3)
 
 
-@pytest.mark.parametrize("count", [40, 3])
-def test_generated_folder_loads_in_peft_and_acts(root, smoke, tmp_path, count):
+def test_generated_folder_loads_in_peft_and_acts(root, smoke, tmp_path):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    (tmp_path / "prompts.txt").write_text("".join(f"how zib is the thing{i} :\n" for i in range(count)))
+    (tmp_path / "prompts.txt").write_text("".join(f"how zib is the thing{i} :\n" for i in range(3)))
     done = run_module("dnd_jax.generate", f"--workdir={root}/run", f"--prompts={tmp_path}/prompts.txt",
                       f"--out={tmp_path}/adapter", cwd=smoke)
-    assert ("3 prompts given, the decoder takes" in done.stdout) == (count == 3)
+    assert "3 prompts given, the decoder takes" in done.stdout
     assert "s from prompts to files" in done.stdout and "s of compilation before" in done.stdout
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
@@ -139,13 +140,19 @@ def test_dora_runs_train_and_generate_saying_what_is_not_generated(smoke, tmp_pa
     assert len(spec.carried) == 9 and all((value == np.float32(expected)).all() for value in spec.carried.values())
 
 
+@pytest.fixture(scope="module")
+def seeds(smoke, tmp_path_factory):
+    """A copy of the world whose runs start from different A."""
+    folder = tmp_path_factory.mktemp("seeds")
+    shutil.copytree(smoke / "build", folder / "build")
+    run_module("data_pipeline.collect", f"{CONFIG},gauge=none", "--jobs=2", cwd=folder)
+    return folder
+
+
 @pytest.mark.parametrize("gauge", ["canonical", "align"])
-def test_gauges_keep_products_of_runs_from_different_seeds(smoke, tmp_path, gauge):
-    shutil.copytree(smoke / "build", tmp_path / "build")
-    root = tmp_path / "build" / "tenants-smoke"
-    config = f"{CONFIG},gauge={gauge}"
-    run_module("data_pipeline.collect", config, "--jobs=2", cwd=tmp_path)
-    run_module("data_pipeline.export", config, cwd=tmp_path)
+def test_gauges_keep_products_of_runs_from_different_seeds(seeds, gauge):
+    root = seeds / "build" / "tenants-smoke"
+    run_module("data_pipeline.export", f"{CONFIG},gauge={gauge}", cwd=seeds)
     store = pairs.open_store(root / f"store-{gauge}")
     starts = set()
     for task in store.tasks:
@@ -168,12 +175,37 @@ def test_generation_needs_the_checkpoint_folder_only(root):
     assert tokens.Layout.from_json(about["layout"]).shape == tuple(about["features"][-1])
 
 
-def test_second_collect_and_train_do_nothing(root, smoke):
+@pytest.fixture(scope="module")
+def ran(root, smoke):
+    """The one command, on what the stations have made: its output and the files that it changed."""
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
-    assert "all 11 runs are there" in run_module("data_pipeline.collect", CONFIG, cwd=smoke).stdout
-    run_module("dnd_jax.train", CONFIG, f"--workdir={root.relative_to(smoke)}/run", cwd=smoke)
-    changed = {p.relative_to(root) for p in root.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
-    assert {str(p) for p in changed} <= {"run/metrics.jsonl", "run/.lock"}
+    done = run_module("experiments.run", CONFIG, f"--workdir={root.relative_to(smoke)}/run", cwd=smoke)
+    after = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+    return done.stdout, {str(p.relative_to(root)) for p, time in after.items() if before.get(p) != time}
+
+
+def test_one_command_runs_all_stations_and_repeats_no_work(ran, root):
+    said, changed = ran
+    assert "all 11 runs are there" in said and [line.split()[3] for line in said.splitlines() if line.startswith("== ")] == [
+        "data_pipeline.datasets", "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", "dnd_jax.generate",
+        "dnd_jax.generate", "dnd_jax.evaluate"]
+    assert {name for name in changed if not name.startswith(("store/", "run/generated/", "run/report."))} <= {
+        "run/metrics.jsonl", "run/.lock"}
+    for task in pairs.open_store(root / "store").split("test"):
+        assert adapters.read(root / "run/generated" / task.name)[1].config["peft_type"] == "LORA"
+
+
+def test_one_command_of_a_paper_experiment_ends_with_its_adapters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = common_sense.get_config("ARC-c")
+    for entry in config.tasks.values():
+        for part in ("train", "test"):
+            (tmp_path / entry[part]).parent.mkdir(exist_ok=True)
+            (tmp_path / entry[part]).touch()
+    commands = run.stations(config, ["--config=c.py"], "w", 2)
+    assert [words[0] for words in commands] == ["data_pipeline.collect", "data_pipeline.export", "dnd_jax.train",
+                                                "dnd_jax.generate"]
+    assert commands[-1][2:] == ["--prompts=runs/common_sense/ARC-c/store/tasks/ARC-c/prompts.json", "--out=w/generated/ARC-c"]
 
 
 def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):
@@ -185,8 +217,8 @@ def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):
     assert again == kept
 
 
-def test_report_has_every_rung_and_stands_alone(root, smoke):
-    done = run_module("dnd_jax.evaluate", CONFIG, f"--workdir={root.relative_to(smoke)}/run", cwd=smoke)
+def test_report_has_every_rung_and_stands_alone(ran, root):
+    said, _ = ran
     report = json.loads((root / "run" / "report.json").read_text())
     rungs = ("base", "in_context", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge",
              "random", "multi_task", "dnd", "dnd_shuffled", "in_task")
@@ -194,9 +226,9 @@ def test_report_has_every_rung_and_stands_alone(root, smoke):
     for name in rungs:
         rung = report["rungs"][name]
         assert 0 <= rung["ci95"][0] <= rung["mean"] <= rung["ci95"][1] <= 1 and len(rung["per_task"]) == 2
-        assert name in done.stdout
+        assert name in said
     assert {"collect_s", "train_s", "generate_s", "adapters_to_break_even"} <= report["cost"].keys()
-    assert report["audit"]["findings"] == [] and report["verdict"] in done.stdout
+    assert report["audit"]["findings"] == [] and report["verdict"] in said
     page = (root / "run" / "report.html").read_text()
     assert page.count("<svg") == 3 and report["verdict"].split(":")[0] in page
     assert "src=" not in page and "href=\"http" not in page

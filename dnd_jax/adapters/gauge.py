@@ -14,7 +14,8 @@ from dnd_jax.types import InputError, Tree
 
 A = Float[np.ndarray, "r in"]
 B = Float[np.ndarray, "out r"]
-LARGEST_CONDITION = 1e4  # beyond it, B times the inverse of the change of A would lose the product's digits
+LARGEST_CONDITION = 1e4  # of an A that can be aligned
+EXACT = 2e-7  # root mean square of the error of a product in float32, relative to the product; the largest is some times that
 
 
 def canonical(tree: Tree) -> Tree:
@@ -29,8 +30,8 @@ def canonical(tree: Tree) -> Tree:
 def align(tree: Tree, reference: Tree) -> Tree:
     """Return the adapter with A as near as possible to the reference's A in the least squares sense, the product the same.
 
-    A becomes M A with M = argmin ||M A - A_ref||, B becomes B M^-1. Singular values of M below 1e-4 of its largest are
-    raised to that, so that the inverse is exact enough.
+    A becomes M A with M = argmin ||M A - A_ref||, B becomes B M^-1. Where M is so near to singular that float32 would lose the
+    product, its small singular values are raised as far as exactness asks.
 
     Args:
       tree: matrices of full rank, as trained ones are.
@@ -72,5 +73,18 @@ def _towards(a: A, b: B, target: A, path: str) -> tuple[A, B]:
     if np.linalg.cond(a) > LARGEST_CONDITION:
         raise InputError(f"{path}: has condition number {np.linalg.cond(a):.0e}, at most {LARGEST_CONDITION:.0e} can be aligned")
     u, s, vt = np.linalg.svd(target @ np.linalg.pinv(a))
-    s = np.maximum(s, s.max() / LARGEST_CONDITION)
-    return (u * s) @ vt @ a, b @ (vt.T / s) @ u.T
+    floor = s.max() / LARGEST_CONDITION
+    while True:
+        kept = np.maximum(s, floor)
+        new_a, new_b = ((u * kept) @ vt @ a).astype(np.float32), (b @ (vt.T / kept) @ u.T).astype(np.float32)
+        if floor >= s.max() or _error(a, b, new_a, new_b) <= EXACT:
+            return new_a, new_b
+        floor *= 2
+
+
+def _error(a: A, b: B, new_a: A, new_b: B) -> float:
+    """Return ||B' A' - B A|| / ||B A||, without making the products."""
+    left, right = np.linalg.qr(np.hstack([new_b, b]))[1], np.linalg.qr(np.vstack([new_a, -a]).T)[1]
+    rank = len(a)
+    product = np.linalg.norm(left[:, rank:] @ right[:, rank:].T)
+    return float(np.linalg.norm(left @ right.T) / product) if product else 0.0

@@ -1,11 +1,14 @@
 """The paper's ablations: 3000 steps, leaving out ARC-c; but for answers as conditions, which are of mathematics, 1.5B.
 
-    python -m dnd_jax.train --config=experiments/configs/ablations.py:extractor-t5 --workdir=runs/ablations/extractor-t5
+    python -m experiments.run --config=experiments/configs/ablations.py:extractor-t5 --workdir=runs/ablations/extractor-t5
 
 Arguments: `form-...` what a condition is made of; `extractor-...` the text encoder; `pool-...` how many prompts the 128 of a
 condition are drawn from; `prompts-...` conditions of more prompts; `sets-...` how many sets are trained on, the rest being
-test. Hardware: see `common.py`. Expected: ARC-c with 4000 steps, plain prompts and MiniLM is 51.6% (base 38.3%); the paper shows
-the variants as charts, without figures.
+test.
+Hardware: an A100 with 80 GB, where `config.train.accumulate` divides what doesn't fit; the decoders have 1.0 to 2.0 G
+parameters (`tests/test_configs.py` prints them).
+Expected: ARC-c with 4000 steps, plain prompts and MiniLM is 51.6% (base 38.3%); the paper shows the variants as charts, without
+figures.
 """
 
 from typing import Any

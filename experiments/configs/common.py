@@ -1,8 +1,7 @@
 """What the paper's experiments share: models, collecting and training settings (arXiv 2506.16406; `reference.md` has the table).
 
 Dataset files are `data/<name>_train.json` and `data/<name>_test.json`, lists of prompt, response and system, made from the
-sets that the paper names. Hardware: an NVIDIA A100 or larger for collecting and evaluating; the decoders have one to two and
-a half billion parameters. Of `collect`, dtype and rows are the paper's; how a batch of 16 is divided is ours.
+sets that the paper names. Of `collect`, dtype and rows are the paper's; how a batch of 16 is divided is ours.
 """
 
 from collections.abc import Mapping, Sequence

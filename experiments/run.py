@@ -1,0 +1,60 @@
+"""Run one experiment from its data sets to its result: audit, collect, export, train, generate, evaluate.
+
+    python -m experiments.run --config=experiments/configs/common_sense.py:ARC-c --workdir=runs/common_sense/ARC-c
+
+Every station is the command that it prints, with the same `--config.field=value`, and goes on where it was when run again. What
+the audit finds stops the run, unless `--despite_findings`. The result is the ladder's report where there are validation tasks, on
+which its rungs choose; the paper's experiments have none, and end with an adapter for each test task, `WORKDIR/generated/TASK`.
+"""
+
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+from dnd_jax import cli
+from dnd_jax.tasks import read_tasks
+from dnd_jax.types import InputError
+
+
+def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], workdir: str, jobs: int) -> list[list[str]]:
+    """Return the command line of every station after the audit, without `python -m`."""
+    tasks = read_tasks(config.tasks)
+    store = pathlib.Path(config.export.store)
+    generated = [["dnd_jax.generate", f"--workdir={workdir}", f"--prompts={store}/tasks/{task.name}/prompts.json",
+                  f"--out={workdir}/generated/{task.name}"] for task in tasks if task.split == "test"]
+    ladder = [["dnd_jax.evaluate", *with_config, f"--workdir={workdir}"]]
+    return [["data_pipeline.collect", *with_config, f"--jobs={jobs}"], ["data_pipeline.export", *with_config],
+            ["dnd_jax.train", *with_config, f"--workdir={workdir}"], *generated,
+            *(ladder if any(task.split == "validation" for task in tasks) else [])]
+
+
+def run(command: Sequence[str]) -> int:
+    """Run a module's command line, print it before, and return its exit status."""
+    print(f"== python -m {' '.join(command)}", flush=True)
+    return subprocess.run([sys.executable, "-m", *command]).returncode
+
+
+def define_flags() -> None:
+    cli.define_config()
+    cli.define_string("workdir", "Folder of the training run, and of what is generated.")
+    flags.DEFINE_integer("jobs", 1, "Tasks collected at once, each in its own process and on a GPU of its own.", lower_bound=1)
+    flags.DEFINE_bool("despite_findings", False, "Go on whatever the audit finds.")
+
+
+def main(args: Any) -> None:
+    with_config = [word for word in sys.argv[1:] if word.startswith(("--config=", "--config."))]
+    planned = stations(args.config, with_config, args.workdir, args.jobs)
+    if run(["data_pipeline.datasets", "audit", *with_config]) and not args.despite_findings:
+        raise InputError(f"{with_config[0]}: see the audit's findings above; --despite_findings goes on all the same")
+    for command in planned:
+        if status := run(command):
+            raise InputError(f"python -m {command[0]} ended with status {status}; the same command goes on from there")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)
