@@ -129,7 +129,7 @@ def step(decoder):
 expected = jax.jit(step(decoder))(params, x)
 for shape in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
     mesh = sharding.make_mesh(shape)
-    places = sharding.of_state(mesh, params)
+    places = sharding.of_params(mesh, params)
     arguments = jax.device_put(params, places), jax.device_put(x, sharding.over_batch(mesh, 8))
     compiled = jax.jit(step(decoder.clone(mesh=mesh)), out_shardings=(None, places)).lower(*arguments).compile()
     for a, b in zip(jax.tree.leaves(compiled(*arguments)), jax.tree.leaves(expected)):
