@@ -8,7 +8,6 @@ processes run it as one (`distributed.py`).
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -209,7 +208,11 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
     sharding.check_moments(state)
     train_step = jax.jit(make_train_step(config, decoder, mesh, mask, store.importance), donate_argnums=0,
                          out_shardings=(places, None))
-    first, rate, names = int(state.step), optimizers.schedule(config), functools.partial(inputs.names, config, tasks)
+    first, rate = int(state.step), optimizers.schedule(config)
+
+    def names(done: int) -> set[str]:
+        return inputs.names(config, tasks, done - 1)  # batches are counted from 0
+
     watch = guards.Watch(names, checkpointer.last_good)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0,
                disable=not distributed.is_first())
