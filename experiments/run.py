@@ -4,7 +4,8 @@
 
 Every station is the command that it prints, with the same `--config.field=value`, and goes on where it was when run again. What
 the audit finds stops the run, unless `--despite_findings`. The result is the ladder's report where there are validation tasks, on
-which its rungs choose; the paper's experiments have none, and end with an adapter for each test task, `WORKDIR/generated/TASK`.
+which its rungs choose. The paper's experiments have none: they end with an adapter for each test task, `WORKDIR/generated/TASK`,
+and its score beside the base's, `WORKDIR/scores/TASK.json` and `TASK-base.json`.
 """
 
 import pathlib
@@ -17,7 +18,8 @@ import ml_collections
 from absl import flags
 
 from dnd_jax import cli
-from dnd_jax.tasks import read_tasks
+from dnd_jax.sources import Source
+from dnd_jax.tasks import Task, read_tasks
 from dnd_jax.types import InputError
 
 
@@ -28,9 +30,24 @@ def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], work
     generated = [["dnd_jax.generate", f"--workdir={workdir}", f"--prompts={store}/tasks/{task.name}/prompts.json",
                   f"--out={workdir}/generated/{task.name}"] for task in tasks if task.split == "test"]
     ladder = [["dnd_jax.evaluate", *with_config, f"--workdir={workdir}"]]
+    has_validation = any(task.split == "validation" for task in tasks)
     return [["data_pipeline.collect", *with_config, f"--jobs={jobs}"], ["data_pipeline.export", *with_config],
             ["dnd_jax.train", *with_config, f"--workdir={workdir}"], *generated,
-            *(ladder if any(task.split == "validation" for task in tasks) else [])]
+            *(ladder if has_validation else scores(config, workdir, [task for task in tasks if task.split == "test"]))]
+
+
+def scores(config: ml_collections.ConfigDict, workdir: str, tests: Sequence[Task]) -> list[list[str]]:
+    """Return the command lines that score the base, alone and with each test task's generated adapter."""
+    commands, e = [], config.evaluate
+    for task in tests:
+        if task.test is None or task.test != Source(task.test.place):
+            raise InputError(f"config.tasks: {task.name} is tested on {task.test}, expected a plain file where no validation "
+                             "task lets the ladder choose")
+        command = ["dnd_jax.evaluate", f"--base={config.base}", f"--data={task.test.place}", f"--scoring={e.scoring}",
+                   f"--batch_size={e.batch_size}", f"--max_new_tokens={e.max_new_tokens}"]
+        commands += [[*command, f"--out={workdir}/scores/{task.name}-base.json"],
+                     [*command, f"--adapter={workdir}/generated/{task.name}", f"--out={workdir}/scores/{task.name}.json"]]
+    return commands
 
 
 def run(command: Sequence[str]) -> int:

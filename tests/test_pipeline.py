@@ -195,7 +195,7 @@ def test_one_command_runs_all_stations_and_repeats_no_work(ran, root):
         assert adapters.read(root / "run/generated" / task.name)[1].config["peft_type"] == "LORA"
 
 
-def test_one_command_of_a_paper_experiment_ends_with_its_adapters(tmp_path, monkeypatch):
+def test_one_command_of_a_paper_experiment_ends_with_its_scores(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = common_sense.get_config("ARC-c")
     for entry in config.tasks.values():
@@ -203,9 +203,11 @@ def test_one_command_of_a_paper_experiment_ends_with_its_adapters(tmp_path, monk
             (tmp_path / entry[part]).parent.mkdir(exist_ok=True)
             (tmp_path / entry[part]).touch()
     commands = run.stations(config, ["--config=c.py"], "w", 2)
-    assert [words[0] for words in commands] == ["data_pipeline.collect", "data_pipeline.export", "dnd_jax.train",
-                                                "dnd_jax.generate"]
-    assert commands[-1][2:] == ["--prompts=runs/common_sense/ARC-c/store/tasks/ARC-c/prompts.json", "--out=w/generated/ARC-c"]
+    assert [words[0] for words in commands] == [
+        "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", *["dnd_jax.generate"] * 2, *["dnd_jax.evaluate"] * 4]
+    assert commands[3][2:] == ["--prompts=runs/common_sense/ARC-c/store/tasks/ARC-c/prompts.json", "--out=w/generated/ARC-c"]
+    assert {"--data=data/ARC-c_test.json", "--scoring=choice", "--out=w/scores/ARC-c-base.json"} <= set(commands[5])
+    assert {"--adapter=w/generated/Science", "--out=w/scores/Science.json"} <= set(commands[-1])
 
 
 def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):

@@ -1,4 +1,4 @@
-"""Coding, Qwen2.5-1.5B and 7B: train on seven code sets, generate for HumanEval's prompts.
+"""Coding, Qwen2.5-1.5B and 7B: train on seven code sets, generate for HumanEval and LiveCodeBench.
 
     python -m experiments.run --config=experiments/configs/coding.py:7b --workdir=runs/coding/7b
 
@@ -28,5 +28,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     variant = common.choose(VARIANTS, arg, "1.5b")
     model = arg or "1.5b"
     return common.published(
-        f"coding/{model}", model, listed=common.tasks(SETS, ["HumanEval"]), prompts=16, length=26624, shortened=1000, pool=512,
-        kernel_size=11, batch_size=48, scoring="code", **variant)
+        f"coding/{model}", model, listed=common.tasks(SETS, ["HumanEval", "LiveCodeBench"]), prompts=16, length=26624,
+        shortened=1000, pool=512, kernel_size=11, batch_size=48, scoring="code", **variant)
