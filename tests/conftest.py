@@ -11,6 +11,10 @@ import subprocess
 import sys
 import time
 
+# Dozens of processes compile the same few programs, each for half a minute: they share what was compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / "build" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
 import numpy as np
 import pytest
 import safetensors.numpy
