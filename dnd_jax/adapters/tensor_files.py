@@ -66,8 +66,11 @@ class TensorFile:
         Raises:
           InputError: a value that isn't finite, or a file that has shrunk since it was opened.
         """
+        blocks = list(self._blocks())
+        # Made here, since an allocator gives each new thread memory that was never touched.
+        buffers = [np.empty(self._entries[block[-1]][3] - self._entries[block[0]][2], np.uint8) for block in blocks]
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            read = {key: value for block in pool.map(self._read, self._blocks()) for key, value in block.items()}
+            read = {key: value for block in pool.map(self._read, blocks, buffers) for key, value in block.items()}
         return {key: read[key] for key in self._entries}
 
     def _blocks(self) -> Iterator[list[str]]:
@@ -82,10 +85,10 @@ class TensorFile:
         if block:
             yield block
 
-    def _read(self, block: list[str]) -> dict[str, np.ndarray]:
+    def _read(self, block: list[str], buffer: np.ndarray) -> dict[str, np.ndarray]:
         """Read neighbours into one buffer, piece by piece, each checked while the processor's cache holds it."""
         dtype, _, first, _ = self._entries[block[0]]
-        buffer, finite = np.empty(self._entries[block[-1]][3] - first, np.uint8), True
+        finite = True
         for begin in range(0, len(buffer), PIECE_BYTES):
             piece = buffer[begin : begin + PIECE_BYTES]
             if (found := os.preadv(self._file.fileno(), [piece.data], self._start + first + begin)) != len(piece):
