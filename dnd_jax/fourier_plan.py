@@ -1,7 +1,7 @@
 """Which form a plane convolution takes: a cost model of its shapes.
 
 The constants are nanoseconds and rates of one core of an AVX2 machine; only their ratios matter, and they hold roughly
-elsewhere too, but for the size of a chunk. Measured where `experiments/benchmarks/decoder.py` is.
+elsewhere too, but for the size of a chunk. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25).
 """
 
 import dataclasses
