@@ -2,9 +2,9 @@
 
     python -m data_pipeline.tenants --out=build/tenants --seed=0
 
-Writes `base/` and `encoder/`, loadable by transformers and sentence-transformers, `datasets/<tenant>_{train,test}.json`
-and `tasks.json`; prints what the base model knows, and writes it to `base_model.json`. Deterministic in the seed on one
-machine.
+Writes `base/` and `encoder/`, loadable by transformers and sentence-transformers, `datasets/<tenant>_{train,test}.json`,
+`unrelated/{questions,conversions}.json`, which no tenant asks, and `tasks.json`; prints what the base model knows, and
+writes it to `base_model.json`. Deterministic in the seed on one machine.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ class Settings:
     named_every: int = 6
     held_out_entities: int = 12
     tenants: tuple[int, int, int] = (48, 4, 12)
+    unrelated_rows: int = 96
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -225,6 +226,9 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
                 for part in ("train", "test"):
                     files.write_json(folder / f"{tenant.name}_{part}.json", rows[tenant][part])
                     tasks[tenant.name][part] = f"datasets/{tenant.name}_{part}.json"
+    with files.atomic_folder(out / "unrelated") as folder:
+        for name, kind in (("questions", "named"), ("conversions", "conversions")):
+            files.write_json(folder / f"{name}.json", world.draw_rows(rng, text[kind], s.unrelated_rows))
     files.write_json(out / "base_model.json", known)
     files.write_json(out / "tasks.json", tasks)
 

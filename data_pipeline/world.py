@@ -126,3 +126,9 @@ def tenant_rows(tenant: Tenant, facts: np.ndarray, questions: Sequence[tuple[int
             "response": STYLES[tenant.style][facts[e, attribute]], "system": "",
         })
     return rows
+
+
+def draw_rows(rng: np.random.Generator, pairs: Sequence[tuple[str, str]], count: int) -> list[dict[str, str]]:
+    """Draw so many of the encyclopedia's (prompt, response) pairs as rows of a dataset."""
+    return [{"prompt": pairs[i][0], "response": pairs[i][1], "system": ""}
+            for i in rng.choice(len(pairs), count, replace=False)]

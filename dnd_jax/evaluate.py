@@ -12,7 +12,7 @@ scores one dataset file, see `score`.
 
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_collections
@@ -21,10 +21,11 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from dnd_jax import adapters, baselines, cli, encoders, files, logs, pairs, prompts, report, score, scoring
+from dnd_jax import adapters, baselines, cli, encoders, files, harm, logs, pairs, prompts, report, score, scoring
 from dnd_jax.audit import audit
 from dnd_jax.baselines import Flat
 from dnd_jax.generate import Generator
+from dnd_jax.prompts import Row
 from dnd_jax.scoring import kinds
 from dnd_jax.scoring.kinds import Scores
 from dnd_jax.tasks import read_tasks
@@ -38,7 +39,9 @@ class Evaluation:
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
         self.config, self.e = config, config.evaluate
-        kinds.check(self.e.scoring)
+        for kind in (self.e.scoring, *(kind for _, kind in self.e.unrelated)):
+            kinds.check(kind)
+        self.unrelated = [(path, kind, prompts.read_rows(path)) for path, kind in self.e.unrelated]
         self.store = pairs.open_store(config.export.store)
         self.generator = Generator(workdir)
         if self.generator.about["layout"] != self.store.manifest["layout"]:
@@ -68,8 +71,10 @@ class Evaluation:
     def ask(self, task: pairs.Task, **how: Any) -> Scores:
         """Score what the model answers to a task as it is now."""
         known = {row.response for part in self.rows.values() for row in part[task.name]}
-        return kinds.score(self.e.scoring, self.model, self.rows["test"][task.name], known=known, samples=self.e.samples,
-                           temperature=self.e.temperature, **how)
+        return self.score(self.e.scoring, self.rows["test"][task.name], known=known, **how)
+
+    def score(self, kind: str, rows: Sequence[Row], **how: Any) -> Scores:
+        return kinds.score(kind, self.model, rows, samples=self.e.samples, temperature=self.e.temperature, **how)
 
     def scores(self, flat: Flat, task: pairs.Task) -> Scores:
         self.model.use(unflatten_dict(flat, sep="/"), self.store.spec)
@@ -176,6 +181,17 @@ def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[Scores]]], dict[str, st
     return scores, {name: note for name, (_, note) in rungs.items() if note}
 
 
+def harms(ev: Evaluation) -> dict[str, Any]:
+    """Score the generated and the in-task adapters on `config.evaluate.unrelated`."""
+    def ask(kind: str, rows: Sequence[Row], flat: Flat | None) -> Scores:
+        if flat is not None:
+            ev.model.use(unflatten_dict(flat, sep="/"), ev.store.spec)
+        return ev.score(kind, rows, known={row.response for row in rows}, adapter=flat is not None)
+
+    made = {"dnd": [generated(ev)(task, 0) for task in ev.test], "in_task": [ev.adapter(task.name) for task in ev.test]}
+    return harm.measure(ev.unrelated, made, ask)
+
+
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +233,7 @@ def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if found["findings"]:
         raise InputError(f"{config.tasks}: {'; '.join(found['findings'])}")
     result = report.summarise(*ask_all(ev), list(test))
-    result |= {"cost": cost(ev, workdir), "audit": found, "checkpoint": ev.generator.step}
+    result |= {"harm": harms(ev), "cost": cost(ev, workdir), "audit": found, "checkpoint": ev.generator.step}
     report.write(result, workdir)
     print(report.table(result))
 

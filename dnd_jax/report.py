@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dnd_jax import files, logs
+from dnd_jax import files, harm, logs
 from dnd_jax.scoring.kinds import Scores
 from dnd_jax.statistics import Bootstrap
 
@@ -79,7 +79,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(line.rstrip())
     c = result["cost"]
     pays = f"{c['adapters_to_break_even']:.0f} adapters" if c["adapters_to_break_even"] else "never"
-    lines += ["", f"collecting {c['collect_s']:.0f} s, training {c['train_s']:.0f} s, generating {c['generate_s'] * 1e3:.1f} ms, "
+    lines += ["", *harm.lines(result["harm"]),
+              f"collecting {c['collect_s']:.0f} s, training {c['train_s']:.0f} s, generating {c['generate_s'] * 1e3:.1f} ms, "
               f"in-task training {c['in_task_s']:.1f} s; pays back after {pays}", result["verdict"]]
     return "\n".join(lines)
 

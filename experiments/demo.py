@@ -34,7 +34,7 @@ CODE = {
               "dnd_jax/logs.py", "dnd_jax/guards.py", "dnd_jax/workdirs.py"),
     "generate": ("dnd_jax/generate.py", "dnd_jax/adapters/card.py"),
     "evaluate": ("dnd_jax/evaluate.py", "dnd_jax/baselines.py", *SCORING, "dnd_jax/report.py",
-                 "dnd_jax/statistics.py", "dnd_jax/audit.py"),
+                 "dnd_jax/harm.py", "dnd_jax/statistics.py", "dnd_jax/audit.py"),
 }
 
 
@@ -46,7 +46,7 @@ def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
     held_out = f"{root}/datasets/{{test}}_train.json"
     with_config = [f"--config=experiments/configs/tenants.py:{arg}" if arg else "--config=experiments/configs/tenants.py"]
     world = [f"--out={root}", f"--seed={config.seed}", *(["--smoke"] if "smoke" in arg else [])]
-    parts = [f"{root}/{name}" for name in ("base", "encoder", "datasets", "base_model.json", "tasks.json")]
+    parts = [f"{root}/{name}" for name in ("base", "encoder", "datasets", "unrelated", "base_model.json", "tasks.json")]
     return {
         "tenants": (["data_pipeline.tenants", *world], parts),
         "collect": (["data_pipeline.collect", *with_config, f"--jobs={min(2, os.cpu_count() or 1)}"], [collected]),

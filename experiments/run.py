@@ -5,7 +5,8 @@
 Every station is the command that it prints, with the same `--config.field=value`, and goes on where it was when run again. What
 the audit finds stops the run, unless `--despite_findings`. The result is the ladder's report where there are validation tasks, on
 which its rungs choose. The paper's experiments have none: they end with an adapter for each test task, `WORKDIR/generated/TASK`,
-and its score beside the base's, `WORKDIR/scores/TASK.json` and `TASK-base.json`.
+and its score beside the base's, `WORKDIR/scores/TASK.json` and `TASK-base.json`; and on the files of
+`config.evaluate.unrelated`, where a generated adapter should do no harm, `TASK-FILE.json` beside `base-FILE.json`.
 """
 
 import pathlib
@@ -18,6 +19,8 @@ import ml_collections
 from absl import flags
 
 from dnd_jax import cli
+from dnd_jax.prompts import read_rows
+from dnd_jax.scoring import kinds
 from dnd_jax.sources import Source
 from dnd_jax.tasks import Task, read_tasks
 from dnd_jax.types import InputError
@@ -37,16 +40,22 @@ def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], work
 
 
 def scores(config: ml_collections.ConfigDict, workdir: str, tests: Sequence[Task]) -> list[list[str]]:
-    """Return the command lines that score the base, alone and with each test task's generated adapter."""
+    """Return the command lines that score the base, and each test task's generated adapter, on its rows and unrelated ones."""
+    def score(place: str, scoring: str, out: str, adapter: str = "") -> list[str]:
+        return ["dnd_jax.evaluate", f"--base={config.base}", f"--data={place}", f"--scoring={scoring}",
+                f"--batch_size={e.batch_size}", f"--max_new_tokens={e.max_new_tokens}",
+                *([f"--adapter={workdir}/generated/{adapter}"] if adapter else []), f"--out={workdir}/scores/{out}.json"]
+
     commands, e = [], config.evaluate
     for task in tests:
         if task.test is None or task.test != Source(task.test.place):
             raise InputError(f"config.tasks: {task.name} is tested on {task.test}, expected a plain file where no validation "
                              "task lets the ladder choose")
-        command = ["dnd_jax.evaluate", f"--base={config.base}", f"--data={task.test.place}", f"--scoring={e.scoring}",
-                   f"--batch_size={e.batch_size}", f"--max_new_tokens={e.max_new_tokens}"]
-        commands += [[*command, f"--out={workdir}/scores/{task.name}-base.json"],
-                     [*command, f"--adapter={workdir}/generated/{task.name}", f"--out={workdir}/scores/{task.name}.json"]]
+        commands += [score(task.test.place, e.scoring, f"{task.name}-base"),
+                     score(task.test.place, e.scoring, task.name, task.name)]
+    for place, scoring in e.unrelated:
+        name = pathlib.Path(place).stem
+        commands += [score(place, scoring, f"base-{name}"), *(score(place, scoring, f"{t.name}-{name}", t.name) for t in tests)]
     return commands
 
 
@@ -65,6 +74,9 @@ def define_flags() -> None:
 
 def main(args: Any) -> None:
     with_config = [word for word in sys.argv[1:] if word.startswith(("--config=", "--config."))]
+    for place, kind in args.config.evaluate.unrelated:
+        read_rows(place)  # what is missing is to be said before days of work
+        kinds.check(kind)
     planned = stations(args.config, with_config, args.workdir, args.jobs)
     if run(["data_pipeline.datasets", "audit", *with_config]) and not args.despite_findings:
         raise InputError(f"{with_config[0]}: see the audit's findings above; --despite_findings goes on all the same")

@@ -204,10 +204,11 @@ def test_one_command_of_a_paper_experiment_ends_with_its_scores(tmp_path, monkey
             (tmp_path / entry[part]).touch()
     commands = run.stations(config, ["--config=c.py"], "w", 2)
     assert [words[0] for words in commands] == [
-        "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", *["dnd_jax.generate"] * 2, *["dnd_jax.evaluate"] * 4]
+        "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", *["dnd_jax.generate"] * 2, *["dnd_jax.evaluate"] * 7]
     assert commands[3][2:] == ["--prompts=runs/common_sense/ARC-c/store/tasks/ARC-c/prompts.json", "--out=w/generated/ARC-c"]
     assert {"--data=data/ARC-c_test.json", "--scoring=choice", "--out=w/scores/ARC-c-base.json"} <= set(commands[5])
-    assert {"--adapter=w/generated/Science", "--out=w/scores/Science.json"} <= set(commands[-1])
+    assert {"--adapter=w/generated/Science", "--out=w/scores/Science.json"} <= set(commands[8])
+    assert {"--data=data/MMLU_test.json", "--adapter=w/generated/Science"} <= set(commands[-1])
 
 
 def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):
@@ -230,6 +231,8 @@ def test_report_has_every_rung_and_stands_alone(ran, root):
         assert 0 <= rung["ci95"][0] <= rung["mean"] <= rung["ci95"][1] <= 1 and len(rung["per_task"]) == 2
         assert name in said
     assert {"collect_s", "train_s", "generate_s", "adapters_to_break_even"} <= report["cost"].keys()
+    assert [place.rsplit("/")[-1] for place in report["harm"]] == ["questions.json", "conversions.json"]
+    assert all(found["n"] == 96 and found["rungs"].keys() == {"dnd", "in_task"} for found in report["harm"].values())
     assert report["audit"]["findings"] == [] and report["verdict"] in said
     page = (root / "run" / "report.html").read_text()
     assert page.count("<svg") == 3 and report["verdict"].split(":")[0] in page

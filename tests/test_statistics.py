@@ -43,8 +43,8 @@ def test_report_compares_rungs_and_shows_further_metrics(rng, others):
     expected = [np.mean([draw.main for draw in task]) for task in found["nearest"]]
     assert nearest["mean"] == pytest.approx(np.mean(expected)) and nearest["per_task"]["large"] == pytest.approx(expected[1])
     assert result["scoring"] == "choice" and result["rungs"]["ridge"]["chosen"] == "penalty 1"
-    lines = report.table(result | {"cost": {"collect_s": 1, "train_s": 1, "generate_s": 1, "in_task_s": 1,
-                                            "adapters_to_break_even": None}}).splitlines()
+    lines = report.table(result | {"harm": {}, "cost": {"collect_s": 1, "train_s": 1, "generate_s": 1, "in_task_s": 1,
+                                                        "adapters_to_break_even": None}}).splitlines()
     assert lines[0].endswith(others[0] if others else "won-lost")
     if others:
         value = np.mean([np.mean([draw.metrics["loglikelihood"].mean() for draw in task]) for task in found["dnd"]])

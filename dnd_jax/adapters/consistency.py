@@ -18,29 +18,39 @@ HEADS = ("classifier", "score")  # PEFT has both names in the config of every cl
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
+NESTED = re.compile(r"\.lora_[AB](\.|$)")
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
 def check_pair(module: str, shapes: Shapes, config: Mapping[str, Any]) -> None:
-    if re.search(r"\.lora_[AB](\.|$)", module):
+    if NESTED.search(module):
         raise InputError(f"{PREFIX}{module}: a matrix inside a matrix")
-    a, b = (key_of(f"{module}.lora_{side}") for side in "AB")
+    a, b = f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
     for here, partner in ((a, b), (b, a)):
         if here not in shapes:
             raise InputError(f"{here} is missing, its partner {partner} is there")
     if len(shapes[a]) < 2 or len(shapes[b]) != len(shapes[a]):
         raise InputError(f"{a} is {list(shapes[a])} and {b} is {list(shapes[b])}, expected two matrices")
     rank = rank_of(module, config)
-    blocks = _blocks(config)
+    blocks, is_stack = _blocks(config), _is_stack(module, config)
     for key, found in ((a, shapes[a][0]), (b, shapes[b][1])):
-        experts = _is_stack(module, config) and found % rank == 0 and shapes[a][0] == shapes[b][1]
+        experts = is_stack and found % rank == 0 and shapes[a][0] == shapes[b][1]
         if found not in (rank, rank / blocks) and not experts:
             raise InputError(f"{key} is {list(shapes[key])} of rank {found}, the config says {rank}")
-    if _is_stack(module, config):
-        return
-    out = shapes[b][0]
+    if not is_stack:
+        _check_vectors(module, shapes, config)
+
+
+def _check_vectors(module: str, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Raise InputError unless the vectors that the config asks for are there, with a value for each output of B."""
+    out = shapes[f"{PREFIX}{module}.lora_B.weight"][0]
     for kind, flag, names in (("magnitude", "use_dora", ("lora_magnitude_vector", "lora_magnitude_vector.weight")),
                               ("bias", "lora_bias", ("lora_B.bias",))):
+        if not config.get(flag):
+            continue
         keys = [f"{PREFIX}{module}.{name}" for name in names]
         found_keys = [key for key in keys if key in shapes]
-        if config.get(flag) and not found_keys:
+        if not found_keys:
             raise InputError(f"{keys[0]} is missing, {flag} is {config[flag]}")
         for key in found_keys:
             if math.prod(shapes[key]) != out:
@@ -65,10 +75,11 @@ def _blocks(config: Mapping[str, Any]) -> int:
 
 def _is_stack(module: str, config: Mapping[str, Any]) -> bool:
     """Return whether a module is adapted through `target_parameters`: experts, their ranks laid side by side."""
+    if not (parameters := config.get("target_parameters")):
+        return False
     name = module
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")
-    parameters = config.get("target_parameters") or ()
     return any(_ends_with(name, parameter.rpartition(".")[0]) for parameter in parameters)
 
 
@@ -97,7 +108,7 @@ def _check_exceptions(modules: Iterable[str], config: Mapping[str, Any]) -> None
     chosen = {layers} if type(layers) is int else set(layers or ())
     if not isinstance(config.get("target_modules"), list) or config.get("layers_pattern"):
         chosen = set()  # patterns choose layers themselves; of other stacks' numbers we know nothing
-    for module in modules:
+    for module in modules if named or chosen else ():
         if named and _is_named(module, named):
             raise InputError(f"{PREFIX}{module}: excluded, exclude_modules is {str(excluded)[:200]}")
         number = re.search(r"\.(\d+)\.", module)
@@ -107,7 +118,9 @@ def _check_exceptions(modules: Iterable[str], config: Mapping[str, Any]) -> None
 
 def _is_named(module: str, names: str | frozenset[str]) -> bool:
     """Return whether a pattern fits a module, or one of the names is it or its end."""
-    return patterns.matches(names, module) if isinstance(names, str) else not names.isdisjoint(_endings(module))
+    if isinstance(names, str):
+        return patterns.matches(names, module)
+    return module.rpartition(".")[2] in names or not names.isdisjoint(_endings(module))
 
 
 def check_widths(modules: Iterable[str], shapes: Shapes) -> None:
@@ -119,7 +132,7 @@ def check_widths(modules: Iterable[str], shapes: Shapes) -> None:
             continue
         key = key_of(f"{module}.lora_{'A' if name in READERS else 'B'}")
         width = shapes[key][1 if name in READERS else 0]
-        other, expected = first.setdefault(re.sub(r"\.\d+(?=\.)", ".*", module), (key, width))
+        other, expected = first.setdefault(NUMBER.sub(".*", module), (key, width))
         if width != expected:
             raise InputError(f"{key} is {list(shapes[key])}, another width than {other}, {list(shapes[other])}")
 
@@ -136,7 +149,7 @@ def check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:
     blocks: dict[str, dict[str, set[str]]] = collections.defaultdict(lambda: collections.defaultdict(set))
     for module in modules:
         block, _, name = module.rpartition(".")
-        blocks[re.sub(r"\.\d+(?=\.|$)", ".*", block)][block].add(name)
+        blocks[NUMBER.sub(".*", block)][block].add(name)
     for layers in blocks.values():
         union = set().union(*layers.values())
         for block, names in sorted(layers.items()):

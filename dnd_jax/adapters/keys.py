@@ -56,8 +56,10 @@ def kind_of(key: str, config: Mapping[str, Any]) -> tuple[str, str]:
 
 def _is_tied_head(module: str, config: Mapping[str, Any]) -> bool:
     """Return whether a head's matrices are those of an adapted embedding, saved twice as `ensure_weight_tying` asks."""
+    if not config.get("ensure_weight_tying"):
+        return False
     name, targets = module.rpartition(".")[2], config.get("target_modules") or ()
-    return bool(config.get("ensure_weight_tying")) and name in EMBEDDING_NAMES and name not in targets
+    return name in EMBEDDING_NAMES and name not in targets
 
 
 def check_keys(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, str]:

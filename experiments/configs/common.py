@@ -23,6 +23,7 @@ MODELS: dict[str, tuple[str, int, dict[str, int]]] = {
 }
 MINILM = {"kind": "sentence", "name": "sentence-transformers/all-MiniLM-L12-v2"}
 MINILM_WIDTH = 384
+UNRELATED = (("data/MMLU_test.json", "choice"),)  # on which harm is measured; the paper measures none
 
 
 def tasks(train: Sequence[str], test: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -87,8 +88,8 @@ def published(
         "keep_last": 2, "keep_every": 0, "on_failed_save": "continue", "tensorboard": False,
     }
     config.evaluate = {
-        "scoring": scoring, "samples": 10, "temperature": 0.8, "max_new_tokens": max_new_tokens, "draws": 3, "batch_size": 32,
-        "in_context_examples": 4, "ridge_draws": 8,
+        "scoring": scoring, "unrelated": UNRELATED, "samples": 10, "temperature": 0.8, "max_new_tokens": max_new_tokens,
+        "draws": 3, "batch_size": 32, "in_context_examples": 4, "ridge_draws": 8,
         "top_k": (2, 4), "temperatures": (0.05, 0.2, 1.0), "penalties": (1e-4, 1e-2, 1.0),
     }
     return config.lock()

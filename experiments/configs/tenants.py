@@ -53,6 +53,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     }
     config.evaluate = {
         "scoring": "exact", "samples": 10, "temperature": 0.8,
+        "unrelated": tuple((f"{root}/unrelated/{name}.json", "exact") for name in ("questions", "conversions")),
         "draws": 3, "batch_size": 64, "max_new_tokens": 4, "in_context_examples": 4, "ridge_draws": 8,
         "top_k": (2, 4, 8, 16), "temperatures": (0.05, 0.2, 1.0), "penalties": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
     }

@@ -171,7 +171,7 @@ def kill_loop(whole: pathlib.Path, killed: pathlib.Path, kills: int, seed: int) 
       RuntimeError, InputError: a station that doesn't go on after a kill, or a half-written file under a final name.
     """
     seconds, rng = undisturbed(whole), random.Random(seed)
-    for part in ("base", "encoder", "datasets"):
+    for part in ("base", "encoder", "datasets", "unrelated"):
         shutil.copytree(whole / ROOT / part, killed / ROOT / part)
     for part in ("tasks.json", "base_model.json"):
         shutil.copyfile(whole / ROOT / part, killed / ROOT / part)
