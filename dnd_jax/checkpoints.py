@@ -59,12 +59,17 @@ class Checkpointer:
         """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
 
         A checkpoint whose bytes have changed, or that can't be loaded, is set aside, and standard output says so.
+
+        Raises:
+          OSError: one of several processes can't load a checkpoint whose bytes are sound; the others, which wait for it, end too.
         """
         distributed.by_first(functools.partial(_set_changed_aside, self._folder))
         while paths := _steps(self._folder):
             try:
                 state = ocp.load_checkpointables(paths[-1], {"state": like})["state"]
             except Exception as error:  # what damage raises, and where, is not documented
+                if jax.process_count() > 1:
+                    raise OSError(f"{paths[-1]}: process {jax.process_index()} can't load it: {error}") from error
                 distributed.by_first(functools.partial(set_aside, paths[-1], str(error)))
                 continue
             distributed.by_first(functools.partial(_record, paths[-1]))

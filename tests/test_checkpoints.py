@@ -65,6 +65,15 @@ def restored(folder):
     return checkpoints.Checkpointer(folder, ABOUT).restore(state_of(0))
 
 
+def test_of_several_processes_one_that_cannot_load_ends_and_changes_nothing(folder, monkeypatch):
+    checkpointer = checkpoints.Checkpointer(folder, ABOUT)
+    monkeypatch.setattr(checkpoints.distributed, "by_first", lambda action: action())
+    monkeypatch.setattr(checkpoints.jax, "process_count", lambda: 2)
+    with pytest.raises(OSError, match=r"checkpoints/3: process 0 can't load it: "):
+        checkpointer.restore({"another": 0})
+    assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
+
+
 # Orbax leaves coroutines of a load that fails half-way to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGE)
