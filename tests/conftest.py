@@ -14,12 +14,22 @@ import time
 # Dozens of processes compile the same few programs, each for half a minute: they share what was compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / "build" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many of them at once as cores
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # they run so briefly that most of their time is compiling
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+def pytest_collection_modifyitems(items):
+    """Let one worker run all tests of a file, and all that use the smoke world, which is made once; that worker begins."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("smoke" if "smoke" in item.fixturenames else item.path.stem))
+    items.sort(key=lambda item: "smoke" not in item.fixturenames)
 
 
 def run_module(*command, cwd=ROOT, check=True, env=None):
