@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/python -m experiments.demo --arg="$(ARG)"
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder -m "not slow and not cuda"
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope --no-loadscope-reorder -m "not slow and not cuda"
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

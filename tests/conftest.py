@@ -5,8 +5,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import functools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -24,12 +26,28 @@ import safetensors.numpy
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+@functools.cache
+def uses_smoke(file):
+    """Tell whether a test file, named from the project's root, uses the smoke world."""
+    return re.search(r"def \w+\(.*\bsmoke\b", (ROOT / file).read_text()) is not None
+
+
 def pytest_collection_modifyitems(items):
-    """Let one worker run all tests of a file, and all that use the smoke world, which is made once; that worker begins."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("smoke" if "smoke" in item.fixturenames else item.path.stem))
-    items.sort(key=lambda item: "smoke" not in item.fixturenames)
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: not uses_smoke(item.nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let one worker run all tests of a file, and all files that use the smoke world, which is then made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileAndWorld(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "smoke" if uses_smoke(file) else file
+
+    return ByFileAndWorld(config, log)
 
 
 def run_module(*command, cwd=ROOT, check=True, env=None):
