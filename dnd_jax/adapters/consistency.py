@@ -1,6 +1,7 @@
 """Whether an adapter's tensors are all there, of the shapes that its config and each other ask for."""
 
 import collections
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -132,7 +133,7 @@ def check_widths(modules: Iterable[str], shapes: Shapes) -> None:
             continue
         key = key_of(f"{module}.lora_{'A' if name in READERS else 'B'}")
         width = shapes[key][1 if name in READERS else 0]
-        other, expected = first.setdefault(NUMBER.sub(".*", module), (key, width))
+        other, expected = first.setdefault(_in_any_layer(module), (key, width))
         if width != expected:
             raise InputError(f"{key} is {list(shapes[key])}, another width than {other}, {list(shapes[other])}")
 
@@ -149,7 +150,7 @@ def check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:
     blocks: dict[str, dict[str, set[str]]] = collections.defaultdict(lambda: collections.defaultdict(set))
     for module in modules:
         block, _, name = module.rpartition(".")
-        blocks[NUMBER.sub(".*", block)][block].add(name)
+        blocks[_in_any_layer(block)][block].add(name)
     for layers in blocks.values():
         union = set().union(*layers.values())
         for block, names in sorted(layers.items()):
@@ -178,6 +179,11 @@ def check_token_rows(modules: set[str], shapes: Shapes, config: Mapping[str, Any
             (v for name, v in indices.items() if _ends_with(module, name)), None) if isinstance(indices, dict) else None
         if not isinstance(chosen, list) or len(shapes[key]) != 2 or shapes[key][0] != len(chosen):
             raise InputError(f"{key} is {list(shapes[key])}, trainable_token_indices is {str(indices)[:80]}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_any_layer(module: str) -> str:
+    return NUMBER.sub(".*", module)
 
 
 def parents(module: str) -> list[str]:

@@ -9,6 +9,7 @@ The spec holds all the rest of the folder, so that writing gives back the same t
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import pathlib
@@ -59,7 +60,12 @@ def read(folder: files.PathLike) -> tuple[Tree, Spec]:
             flat[key.removeprefix(PREFIX).removesuffix(".weight").replace(".", "/")] = value
         else:
             carried[key] = value
-    return unflatten_dict(flat, sep="/"), Spec(config, {p: Leaf(v.shape, v.dtype.name) for p, v in flat.items()}, carried)
+    return unflatten_dict(flat, sep="/"), Spec(config, {p: Leaf(v.shape, _name(v.dtype)) for p, v in flat.items()}, carried)
+
+
+@functools.cache
+def _name(dtype: np.dtype) -> str:
+    return dtype.name  # NumPy works it out anew each time, which for hundreds of matrices takes a millisecond
 
 
 def read_config(folder: files.PathLike) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from dnd_jax.types import InputError
 MATRIX, MAGNITUDE, LORA_BIAS, BIAS = "LoRA matrix", "DoRA magnitude", "LoRA bias", "bias"
 EMBEDDING, TOKENS, MODULE, VOCABULARY = "embedding LoRA", "trained tokens", "full module", "full embedding"
 VARIANT, TIED = "state of a LoRA variant", "tied head"
+MATRICES = (".lora_A.weight", ".lora_B.weight")
 KINDS = {
-    MATRIX: re.compile(r"(.+)\.lora_[AB]\.weight"),
     MAGNITUDE: re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?"),
     LORA_BIAS: re.compile(r"(.+)\.lora_B\.bias"),
     EMBEDDING: re.compile(r"(.+)\.lora_embedding_[AB]"),
@@ -36,13 +36,16 @@ def kind_of(key: str, config: Mapping[str, Any]) -> tuple[str, str]:
       InputError: a key that doesn't start as PEFT's do, or that nothing in the config explains.
     """
     name = key.removeprefix(PREFIX)
-    if name == key or "/" in key or "" in (parts := key.split(".")) or len(parts) > MAX_DEPTH:
+    if name == key or "/" in key or ".." in key or name[:1] in ("", ".") or key[-1] == "." or key.count(".") >= MAX_DEPTH:
         raise InputError(f"{key}: expected up to {MAX_DEPTH} dotted names, after {PREFIX!r}")
+    if name.endswith(MATRICES):
+        module = name[: -len(MATRICES[0])]
+        return TIED if _is_tied_head(module, config) else MATRIX, module
     for kind, pattern in KINDS.items():
         if match := pattern.fullmatch(name):
             if (fields := ASKED_BY.get(kind)) and not any(config.get(field) for field in fields):
                 raise InputError(f"{key}: {kind}, but the config's {' and '.join(fields)} is not set")
-            return (TIED if kind == MATRIX and _is_tied_head(match[1], config) else kind), match[1]
+            return kind, match[1]
     module, _, parameter = name.rpartition(".")
     saved = tuple(config.get("modules_to_save") or ())
     if any(parent.endswith(saved) for parent in consistency.parents(module)):

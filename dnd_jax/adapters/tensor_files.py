@@ -21,7 +21,7 @@ from dnd_jax.types import InputError
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 40_000  # 128 experts x 3 matrices x 48 layers x (A, B) are 36,864
 MAX_NAME = 500
-PIECE_BYTES = 2**20  # stays in a core's cache between being read and being checked
+PIECE_BYTES = 2**21  # stays in a core's cache between being read and being checked
 THREADS = 2
 MAX_VALUES = 12 * MAX_TENSORS  # in a header: ten for each tensor, and what people note in the metadata
 MAX_BYTES = 32 * 2**30
@@ -97,7 +97,8 @@ class TensorFile:
         tensors = {}
         for key in block:
             _, shape, begin, end = self._entries[key]
-            tensors[key] = np.require(buffer[begin - first : end - first].view(DTYPES[dtype]).reshape(shape), requirements="A")
+            tensor = buffer[begin - first : end - first].view(DTYPES[dtype]).reshape(shape)
+            tensors[key] = tensor if tensor.flags.aligned else tensor.copy()
             if not finite:
                 check_finite(tensors[key], f"{self.path}: {key}")
         return tensors
