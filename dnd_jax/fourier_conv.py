@@ -203,7 +203,8 @@ def _kernel_in(kernel: Kernel, plan: Plan) -> tuple[jax.Array, ...]:
     low = (kernel.shape[-1] - 1) // 2
     taps = kernel[:, :, low - a.low:low + a.high + 1, low - b.low:low + b.high + 1]
     o, i, k1, k2 = taps.shape
-    taps = taps.transpose(2, 3, 1, 0).reshape(k1, -1).astype(jnp.float32)
+    # As three axes XLA's transposition is twice as fast as with four.
+    taps = taps.reshape(o, i, k1 * k2).transpose(2, 1, 0).reshape(k1, -1).astype(jnp.float32)
     half = jnp.dot(m.kernel_1, taps).reshape(plan.half, 2 * k2, -1)
     return tuple(jnp.matmul(matrix, half).astype(kernel.dtype).reshape(plan.frequencies, i, o) for matrix in m.kernel_2)
 

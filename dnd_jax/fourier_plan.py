@@ -12,7 +12,7 @@ FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with b
 HALF_SPEED = 12  # rows of a product at which it runs at half of that
 OVERHEAD = 300_000.0  # of the many small steps of the Fourier form, ns
 BYTES = 8.0  # to and from memory, GB/s
-CACHE, MEMORY = 24 << 20, 1 << 30  # bytes of a kernel's spectrum at once: what a CPU's last cache holds, elsewhere
+CACHE, MEMORY = 8 << 20, 1 << 30  # bytes of a kernel's spectrum at once: on a CPU, what is near by when it is used; elsewhere
 LEAST_CHANNELS = 32  # of a chunk
 
 
