@@ -17,8 +17,6 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embeddi
 HEADS = ("classifier", "score")  # PEFT has both names in the config of every classifier, and a model has one of them
 # what reads from the residual stream, and what writes to it: as wide in every layer of a stack
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-
-
 NESTED = re.compile(r"\.lora_[AB](\.|$)")
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 

@@ -21,7 +21,7 @@ from dnd_jax.types import InputError
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 40_000  # 128 experts x 3 matrices x 48 layers x (A, B) are 36,864
 MAX_NAME = 500
-PIECE_BYTES = 2**21  # stays in a core's cache between being read and being checked
+PIECE_BYTES = 2**21  # still in a cache when it is checked after being read
 THREADS = 2
 MAX_VALUES = 12 * MAX_TENSORS  # in a header: ten for each tensor, and what people note in the metadata
 MAX_BYTES = 32 * 2**30
