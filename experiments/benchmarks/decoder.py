@@ -1,6 +1,6 @@
 """Speed of the decoder beside an independent PyTorch implementation of the same function, `tests/torch_decoder.py`.
 
-    python -m experiments.benchmarks.decoder                                        # everything, about half an hour
+    python -m experiments.benchmarks.decoder                                        # everything
     python -m experiments.benchmarks.decoder --only=small --taps=9 --cores=1 --json=rows.json
 
 A row is a decoder, a kernel size, a batch, a number of cores, and the forward pass (`forward`; `kept` with the kernels'
