@@ -1,4 +1,4 @@
-"""What breaks around a run: kills, bytes that change, disks that are full or can't be written. Nothing is lost unsaid."""
+"""What breaks around a run: bytes that change, disks that are full or can't be written. Nothing is lost unsaid."""
 
 import contextlib
 import json
@@ -12,7 +12,6 @@ from conftest import make_store, run_module, tiny_config, train_command, write_a
 
 from dnd_jax import adapters, checkpoints, checksums, files, logs, pairs, train, workdirs
 from dnd_jax.types import InputError
-from experiments.faults import kill_loop
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +173,3 @@ def test_a_full_disk_names_the_file_that_is_not_written(tmp_path):
 def write_folder(tmp_path):
     write_adapter(tmp_path / "adapter", np.random.default_rng(0))
     return tmp_path / "adapter"
-
-
-def test_killed_at_random_moments_the_pipeline_ends_as_if_undisturbed(smoke, tmp_path):
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    shutil.copytree(smoke / "build", tmp_path / "whole" / "build")
-    shutil.copyfile(smoke / kill_loop.SECONDS, tmp_path / "whole" / kill_loop.SECONDS)
-    found = kill_loop.kill_loop(tmp_path / "whole", tmp_path / "killed", 10, 0)
-    assert kill_loop.within(found), found
-    assert found["steps"] == [24] and found["compared"] > 50
