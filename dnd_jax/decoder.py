@@ -101,7 +101,7 @@ class HyperConvLayer(nn.Module):
         height = tanh(conv_CD[MxN](conv_LM[NxC](norm(x))))
         y      = conv_NO[MxD]((width + height + bias) / 3) + out_bias
 
-    Kernels are stored `[out, in, k, k]` as in the released checkpoints. Unless `bias_counts`, no output depends on `out_bias`
+    Kernels are stored `[k, k, in, out]`, as Flax has them. Unless `bias_counts`, no output depends on `out_bias`
     and its gradient is exactly zero: rounding would make it noise, which Adam turns into steps of full size.
     """
 
@@ -134,7 +134,7 @@ class HyperConvLayer(nn.Module):
             return plane_conv(x, self.get_variable("spectra", name), spec)
         channels, k = x.shape[axes[2]], self.kernel_size
         bound = (channels * k * k) ** -0.5  # PyTorch's default for convolutions
-        kernel = self.param(name, _uniform(bound), (out, channels, k, k)).astype(self.dtype)
+        kernel = self.param(name, _uniform(bound), (k, k, channels, out)).astype(self.dtype)
         if self.is_mutable_collection("spectra") and not self.is_initializing():
             self.put_variable("spectra", name, fourier_conv.prepare(kernel, x, axes))
         return plane_conv(x, kernel, spec, self.mesh)
@@ -161,7 +161,7 @@ def plane_conv(x: Block, kernel: Kernel | Spectrum, spec: str, mesh: jax.shardin
 
     Args:
       x: block with axes as in `spec`.
-      kernel: `[out, in, k, k]`; its first tap axis runs along the first axis of the plane. Or its transform.
+      kernel: `[k, k, in, out]`, its first axis along the first axis of the plane. Or its transform.
       spec: `"BNLC,LN->BNLD"` reads: over the plane (L, N), channels C become D. For an even k the extra zero column
         goes to the high side.
       mesh: of several devices.

@@ -2,22 +2,26 @@
 
 A plane of S1 x S2 positions is cut into tiles of n1 x n2 that overlap by the taps less one; each gives m1 x m2 outputs. An
 axis of one tile is the whole axis with zeros at its end, which wrap around to both sides. Along the first axis the tiles'
-transform is real (half a spectrum), along the second complex, both by small constant matrices. A product of complex numbers
-is three real ones (Karatsuba; for many tiles) or four (for few, where the kernel's spectrum is what costs). The sums and
-signs of either are part of the matrices, so nothing is sliced or transposed between products:
+transform is real: half a spectrum, at frequencies between those of a period, so that none is its own conjugate (what wraps
+around changes its sign, but all of that is cut off or zero). Along the second axis it is complex. A product of complex numbers
+is three real ones (Karatsuba; for many tiles), or four as one product of twice as many channels (for few, where the kernel's
+spectrum is what costs). The signs and sums of either are part of the matrices:
 
-    X   = input_2 (input_1 tiles(x))          [F, R, C]
-    W_j = kernel_2_j (kernel_1 w)             [F, C, O]    j = 1, or 1 and 2
-    y   = untile(output_1 sum_j output_2_j (X W_j))
+    X = input_2 (input_1 tiles(x))          [F, P C, P R]
+    W = kernel_2 (kernel_1 w)               [F, P C, O]
+    Y = X^T W                               [F, P R, O]
+    y = untile(output_1 (output_2 Y))
 
-F frequencies (three for each where Karatsuba's), R rows: the tiles of all examples (real and imaginary parts where there
-are four products).
+F frequencies (three for each where Karatsuba's), R rows: the tiles of all examples, P = 1, or 2 for the real and the imaginary
+parts: W has those of the kernel below each other, Y those of the outputs, and X is arranged to suit. What lies between the first
+axis and the second is called half a transform. Frequencies of the first axis are independent there, and a kernel whose spectrum
+takes much memory goes through them in groups.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,15 +33,15 @@ from jaxtyping import Array, Float
 from dnd_jax.fourier_plan import Axis, Plan, make_plan
 from dnd_jax.types import Block
 
-Kernel = Float[Array, "O I k k"]
+Kernel = Float[Array, "k k I O"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """A kernel's transform, kept: `parts` are `[chunks, F, C, O / chunks]`; good for inputs of the plan's shape only."""
+    """A kernel's transform `[groups, F / groups, P I, O]`, kept; good for inputs of the plan's shape only."""
 
-    parts: tuple[jax.Array, ...]
+    values: jax.Array
     plan: Plan = dataclasses.field(metadata={"static": True})
 
 
@@ -48,8 +52,8 @@ def convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], me
 
     Args:
       x: block of four axes, the first the batch.
-      kernel: `[out, in, k, k]`, its first tap axis along the first axis of the plane, or what `prepare` made of it. For an even
-        k the extra zero is on the high side.
+      kernel: `[k, k, in, out]`, its first axis along the first axis of the plane, or what `prepare` made of it. For an even k
+        the extra zero is on the high side.
       axes: of the plane (first and second) and of the channels.
       mesh: of several devices, with axes `data`, `fsdp` and `tensor`: each device then convolves its examples, the batch being
         split over `data` and `fsdp`, to its output channels, split over `tensor`; the partitioner by itself replicates. A batch
@@ -62,10 +66,11 @@ def convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], me
         return _convolve(x, kernel, axes)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = ("data", "fsdp") if x.shape[0] % parts == 0 else None
-    tensor = "tensor" if isinstance(kernel, jax.Array) and kernel.shape[0] % mesh.shape["tensor"] == 0 else None
+    tensor = "tensor" if isinstance(kernel, jax.Array) and kernel.shape[-1] % mesh.shape["tensor"] == 0 else None
+    of_kernel = PartitionSpec(None, None, None, tensor) if tensor else PartitionSpec()
     out = PartitionSpec(batch, *("tensor" if tensor and axis == axes[2] else None for axis in (1, 2, 3)))
     return jax.shard_map(functools.partial(_convolve, axes=axes), mesh=mesh, out_specs=out, check_vma=False,
-                         in_specs=(PartitionSpec(batch), PartitionSpec(tensor)))(x, kernel)
+                         in_specs=(PartitionSpec(batch), of_kernel))(x, kernel)
 
 
 def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | None:
@@ -73,7 +78,7 @@ def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | No
     plan = _plan(x, kernel, axes)
     if plan is None:
         return None
-    return Spectrum(jax.lax.map(lambda w: _kernel_in(w, plan), _chunked(kernel, plan)), plan)
+    return Spectrum(jax.lax.map(lambda half: _kernel_2(half, plan, kernel), _kernel_1(kernel, plan)), plan)
 
 
 @functools.partial(jax.jit, static_argnames="axes", inline=True)  # outside of any jit: one compilation rather than dozens
@@ -91,14 +96,14 @@ def _convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int]) -
 
 def _plan(x: Any, kernel: Kernel, axes: tuple[int, int, int]) -> Plan | None:
     batch, (size_1, size_2) = x.shape[0], (x.shape[axis] for axis in axes[:2])
-    return make_plan(batch, size_1, size_2, kernel.shape[1], kernel.shape[0], kernel.shape[-1], jax.default_backend())
+    return make_plan(batch, size_1, size_2, *kernel.shape[2:], kernel.shape[0], jax.default_backend())
 
 
 def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
-    low = (kernel.shape[-1] - 1) // 2
-    padding = (low, kernel.shape[-1] - 1 - low)
+    low = (kernel.shape[0] - 1) // 2
+    padding = (low, kernel.shape[0] - 1 - low)
     letters = "N" + "".join("HWC"[axes.index(axis)] for axis in (1, 2, 3))
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), (padding, padding), dimension_numbers=(letters, "OIHW", letters))
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), (padding, padding), dimension_numbers=(letters, "HWIO", letters))
 
 
 # --- the bilinear form, channels last --------------------------------------------------------------------------------
@@ -110,76 +115,77 @@ def _fourier(x: Float[Array, "B S1 S2 C"], kernel: Kernel | Spectrum, plan: Plan
 
 
 def _forward(x: jax.Array, kernel: Kernel | Spectrum, plan: Plan) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-    spectrum = _input(x, plan)
+    def group(of: tuple[jax.Array, jax.Array]) -> jax.Array:
+        half_x, half_w = of
+        w = half_w if isinstance(kernel, Spectrum) else _kernel_2(half_w, plan, kernel)
+        return _output_2(_product(f"{_letters(plan)},fko->fro", _input_2(half_x, plan, x), w), plan)
 
-    def part(of_kernel: Any) -> jax.Array:
-        parts = of_kernel if isinstance(kernel, Spectrum) else _kernel_in(of_kernel, plan)
-        return _output([_product(spectrum, w, "frc,fco->fro") for w in parts], plan).astype(x.dtype)
-
-    y = _over_chunks(part, kernel.parts if isinstance(kernel, Spectrum) else _chunked(kernel, plan))
-    return y[..., :plan.out], (x, kernel)
+    half_w = kernel.values if isinstance(kernel, Spectrum) else _kernel_1(kernel, plan)
+    half_y = _over_groups(group, (_input_1(x, plan), half_w))
+    return _output_1(half_y, plan, x), (x, kernel)
 
 
 def _backward(plan: Plan, saved: tuple[jax.Array, Any], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the gradients; spectra are computed anew rather than kept, being larger than what they are computed from."""
+    """Return the gradients. Spectra are larger than what they are of, so none is saved; XLA may find that it has one already."""
     x, kernel = saved
-    spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan), x)
-    rows = spectrum.shape[:2]
+    half_x, input_1_transposed = jax.vjp(lambda x: _input_1(x, plan), x)
+    half_w, kernel_1_transposed = jax.vjp(lambda w: _kernel_1(w, plan), kernel)
+    half_y = jax.ShapeDtypeStruct((*half_x.shape[:2], 2 * plan.second.step, plan.rows, kernel.shape[-1]), jnp.float32)
+    (half_g,) = jax.linear_transpose(lambda half: _output_1(half, plan, x), half_y)(g)
 
-    def part(accumulated: jax.Array | None, of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        w, g = of
-        parts, kernel_transposed = jax.vjp(lambda w: _kernel_in(w, plan), w)
-        like = [jax.ShapeDtypeStruct((*rows, g.shape[-1]), jnp.float32)] * len(parts)
-        (products,) = jax.linear_transpose(lambda ys: _output(ys, plan), like)(g.astype(jnp.float32))
-        products = [p.astype(x.dtype) for p in products]
-        terms = [_product(p, w, "fro,fco->frc") for p, w in zip(products, parts, strict=True)]
-        if accumulated is not None:
-            terms.append(accumulated)
-        (d_w,) = kernel_transposed(tuple(_product(spectrum, p, "frc,fro->fco").astype(x.dtype) for p in products))
-        return functools.reduce(jnp.add, terms), d_w
+    def group(of: Any) -> tuple[jax.Array, jax.Array]:
+        half_x, half_w, half_g = of
+        values, input_2_transposed = jax.vjp(lambda half: _input_2(half, plan, x), half_x)
+        w, kernel_2_transposed = jax.vjp(lambda half: _kernel_2(half, plan, kernel), half_w)
+        like = jax.ShapeDtypeStruct((len(w), plan.parts * plan.rows, w.shape[-1]), jnp.float32)
+        (d_y,) = jax.linear_transpose(lambda y: _output_2(y, plan), like)(half_g)
+        d_y = d_y.astype(x.dtype)
+        d_x = _product(f"fko,fro->{_letters(plan)}", w, d_y).astype(x.dtype)
+        d_w = _product(f"{_letters(plan)},fro->fko", values, d_y).astype(kernel.dtype)
+        return input_2_transposed(d_x)[0], kernel_2_transposed(d_w)[0]
 
-    chunks = _chunked(kernel, plan)
-    if plan.chunks == 1:
-        d_spectrum, d_kernel = part(None, (chunks[0], g))
-    else:
-        padded = jnp.pad(g, ((0, 0),) * 3 + ((0, plan.chunks * plan.chunk - plan.out),))
-        g_chunks = jnp.moveaxis(padded.reshape(*g.shape[:-1], plan.chunks, plan.chunk), -2, 0)
-        d_spectrum, d_kernel = jax.lax.scan(part, jnp.zeros(spectrum.shape, jnp.float32), (chunks, g_chunks))
-    (d_x,) = input_transposed(d_spectrum.astype(spectrum.dtype))
-    return d_x, d_kernel.reshape(-1, *kernel.shape[1:])[:plan.out]
+    d_x, d_w = _over_groups(group, (half_x, half_w, half_g))
+    return input_1_transposed(d_x)[0], kernel_1_transposed(d_w)[0]
 
 
 _fourier.defvjp(_forward, _backward)
 
 
-def _product(a: jax.Array, b: jax.Array, letters: str) -> jax.Array:
+def _letters(plan: Plan) -> str:
+    """Return where X has its rows: many before the channels, few behind them, where XLA's products on CPU are faster."""
+    return "frk" if plan.karatsuba else "fkr"
+
+
+def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
-def _chunked(kernel: Kernel, plan: Plan) -> jax.Array:
-    """Return the kernel as `[chunks, O / chunks, I, k, k]`, with zeros for output channels that are missing."""
-    if missing := plan.chunks * plan.chunk - plan.out:
-        kernel = jnp.pad(kernel, ((0, missing),) + ((0, 0),) * 3)
-    return kernel.reshape(plan.chunks, plan.chunk, *kernel.shape[1:])
-
-
-def _over_chunks(function: Callable[[Any], jax.Array], chunks: Any) -> jax.Array:
-    """Return the results for each chunk of output channels, side by side on the last axis."""
-    if len(jax.tree.leaves(chunks)[0]) == 1:
-        return function(jax.tree.map(lambda a: a[0], chunks))
-    y = jnp.moveaxis(jax.lax.map(function, chunks), 0, -2)
-    return y.reshape(*y.shape[:-2], -1)
+def _over_groups(function: Callable[[Any], Any], groups: Any) -> Any:
+    """Return the function's results for each group, stacked."""
+    if len(jax.tree.leaves(groups)[0]) == 1:
+        return jax.tree.map(lambda a: a[None], function(jax.tree.map(lambda a: a[0], groups)))
+    return jax.lax.map(function, groups)
 
 
 # --- transforms ------------------------------------------------------------------------------------------------------
 
 
-def _input(x: jax.Array, plan: Plan) -> jax.Array:
-    """Return the spectra `[F, R, C]` of all tiles, of x's dtype."""
-    a, b, m = plan.first, plan.second, _matrices(plan)
-    tiles = _tiles(_tiles(x.astype(jnp.float32), 1, a), 3, b).transpose(2, 4, 0, 1, 3, 5)  # n1 n2 B t1 t2 C
-    half = jnp.dot(m.input_1, tiles.reshape(a.length, -1)).reshape(plan.half, 2 * b.length, -1)
-    return jnp.matmul(m.input_2, half).astype(x.dtype).reshape(plan.frequencies, -1, x.shape[-1])
+def _input_1(x: jax.Array, plan: Plan) -> jax.Array:
+    """Return half a transform of all tiles, `[groups, half / groups, 2 n2, C, R]`, or channels last for many."""
+    a, b = plan.first, plan.second
+    tiles = _tiles(_tiles(x.astype(jnp.float32), 1, a), 3, b)  # B t1 n1 t2 n2 C
+    tiles = tiles.transpose(2, 4, 0, 1, 3, 5) if plan.karatsuba else tiles.transpose(2, 4, 5, 0, 1, 3)
+    half = jnp.dot(_matrices(plan).input_1, tiles.reshape(a.length, -1))
+    sizes = (plan.rows, x.shape[-1]) if plan.karatsuba else (x.shape[-1], plan.rows)
+    return half.reshape(plan.groups, -1, 2 * b.length, *sizes)
+
+
+def _input_2(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
+    """Return a group's spectra `[F, P C, P R]`, or `[F, R, C]` of many rows, of a dtype like another's."""
+    spectrum = jnp.matmul(_matrices(plan).input_2, half.reshape(*half.shape[:2], -1)).astype(like.dtype)
+    first, last = half.shape[2:]
+    parts = spectrum.reshape(-1, plan.parts, plan.parts, first, last).swapaxes(2, 3)
+    return parts.reshape(-1, plan.parts * first, plan.parts * last)
 
 
 def _tiles(x: jax.Array, axis: int, a: Axis) -> jax.Array:
@@ -197,68 +203,72 @@ def _tiles(x: jax.Array, axis: int, a: Axis) -> jax.Array:
     return jnp.concatenate(views, axis + 1) if len(views) > 1 else views[0]
 
 
-def _kernel_in(kernel: Kernel, plan: Plan) -> tuple[jax.Array, ...]:
-    """Return the spectra `[F, I, O]` of a kernel, of its dtype; taps that never meet the plane are left out."""
-    a, b, m = plan.first, plan.second, _matrices(plan)
-    low = (kernel.shape[-1] - 1) // 2
-    taps = kernel[:, :, low - a.low:low + a.high + 1, low - b.low:low + b.high + 1]
-    o, i, k1, k2 = taps.shape
-    # As three axes XLA's transposition is twice as fast as with four.
-    taps = taps.reshape(o, i, k1 * k2).transpose(2, 1, 0).reshape(k1, -1).astype(jnp.float32)
-    half = jnp.dot(m.kernel_1, taps).reshape(plan.half, 2 * k2, -1)
-    return tuple(jnp.matmul(matrix, half).astype(kernel.dtype).reshape(plan.frequencies, i, o) for matrix in m.kernel_2)
+def _kernel_1(kernel: Kernel, plan: Plan) -> jax.Array:
+    """Return half a kernel's transform, `[groups, half / groups, 2 k2, I, O]`; taps that never meet the plane are left out."""
+    a, b = plan.first, plan.second
+    low = (kernel.shape[0] - 1) // 2
+    taps = kernel[low - a.low:low + a.high + 1, low - b.low:low + b.high + 1].astype(jnp.float32)
+    half = jnp.dot(_matrices(plan).kernel_1, taps.reshape(a.taps, -1))
+    return half.reshape(plan.groups, -1, 2 * b.taps, *kernel.shape[2:])
 
 
-def _output(products: list[jax.Array], plan: Plan) -> jax.Array:
-    """Return the plane `[B, S1, S2, O]` of products `[F, R, O]`."""
-    a, b, m = plan.first, plan.second, _matrices(plan)
-    out = products[0].shape[-1]
-    flat = [p.reshape(plan.half, matrix.shape[-1], -1) for p, matrix in zip(products, m.output_2, strict=True)]
-    half = functools.reduce(jnp.add, map(jnp.matmul, m.output_2, flat))
-    y = jnp.dot(m.output_1, half.reshape(2 * plan.half, -1))
-    y = y.reshape(a.step, b.step, plan.batch, a.tiles, b.tiles, out).transpose(2, 3, 0, 4, 1, 5)
-    return y.reshape(plan.batch, a.tiles * a.step, b.tiles * b.step, out)[:, :a.size, :b.size]
+def _kernel_2(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
+    """Return a group's spectra `[F, P I, O]` of a kernel, of a dtype like another's."""
+    spectrum = jnp.matmul(_matrices(plan).kernel_2, half.reshape(*half.shape[:2], -1)).astype(like.dtype)
+    return spectrum.reshape(-1, plan.parts * half.shape[2], half.shape[3])
+
+
+def _output_2(y: jax.Array, plan: Plan) -> jax.Array:
+    """Return a group's half of the outputs' transform, `[half / groups, 2 m2, R, O]`, of products `[F, P R, O]`."""
+    half = jnp.matmul(_matrices(plan).output_2, y.reshape(plan.half // plan.groups, -1, plan.rows * y.shape[-1]))
+    return half.reshape(*half.shape[:2], plan.rows, -1)
+
+
+def _output_1(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
+    """Return the plane `[B, S1, S2, O]`, of a dtype like another's, of half a transform in groups."""
+    a, b = plan.first, plan.second
+    y = jnp.dot(_matrices(plan).output_1, half.reshape(2 * plan.half, -1))
+    y = y.reshape(a.step, b.step, plan.batch, a.tiles, b.tiles, -1).transpose(2, 3, 0, 4, 1, 5)
+    return y.reshape(plan.batch, a.tiles * a.step, b.tiles * b.step, -1)[:, :a.size, :b.size].astype(like.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Matrices:
-    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of the first."""
+    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of a group."""
 
     input_1: np.ndarray
     input_2: np.ndarray
     kernel_1: np.ndarray
-    kernel_2: tuple[np.ndarray, ...]
+    kernel_2: np.ndarray
     output_1: np.ndarray
-    output_2: tuple[np.ndarray, ...]
+    output_2: np.ndarray
 
 
 @functools.lru_cache
 def _matrices(plan: Plan) -> _Matrices:
     a, b = plan.first, plan.second
-    forward_1, forward_2 = _fourier_matrix(a.length, -1)[:plan.half], _fourier_matrix(b.length, -1)
+    forward_1, forward_2 = _fourier_matrix(a.length, -1, 0.5)[:plan.half], _fourier_matrix(b.length, -1)
     # Convolutions of networks are correlations: the kernel's transform is the conjugate one.
     kernel_1, kernel_2 = forward_1.conj()[:, :a.taps], forward_2.conj()[:, :b.taps]
-    back_1 = _fourier_matrix(a.length, 1)[:a.step, :plan.half] / a.length
+    back_1 = 2 * _fourier_matrix(a.length, -1, 0.5)[:plan.half, :a.step].conj().T / a.length  # twice: for the other half
     back_2 = _fourier_matrix(b.length, 1)[:b.step] / b.length
-    alone = np.array([f in (0, a.length - f) for f in range(plan.half)])
-    back_1 = back_1 * np.where(alone, 1, 2)  # the other half of the spectrum is the conjugate of this one
-    # What a product of X and W contributes to each of its real components' sum: three products or twice two.
-    kernels: Sequence[tuple[complex, ...]]
-    sums: Sequence[tuple[complex, ...]]
+    # Parts of X, of W, and what each real product Y weighs in the complex one.
+    inputs: tuple[complex, ...]
+    kernels: tuple[complex, ...]
+    weights: tuple[complex, ...]
     if plan.karatsuba:
-        kernels, sums = [(1, 1j, 1 + 1j)], [(1 - 1j, -1 - 1j, 1j)]
+        inputs, kernels, weights = (1, 1j, 1 + 1j), (1, 1j, 1 + 1j), (1 - 1j, -1 - 1j, 1j)
     else:
-        kernels, sums = [(1,), (1j,)], [(1, 1j), (1j, -1)]
-    rows = (1, 1j, 1 + 1j)[:3 if plan.karatsuba else 2]
-    repeat = functools.partial(_repeated, times=plan.half)
+        inputs, kernels, weights = (1, 1j, -1j, 1), (1, 1j), (1, 1j)
+    repeat = functools.partial(_repeated, times=plan.half // plan.groups)
     return _Matrices(
-        _stack([forward_1.real, forward_1.imag]), repeat(_components(forward_2, rows)),
-        _stack([kernel_1.real, kernel_1.imag]), tuple(repeat(_components(kernel_2, which)) for which in kernels),
-        _stack([back_1.real.T, -back_1.imag.T]).T.copy(), tuple(repeat(_combine(back_2, which)) for which in sums))
+        _stack([forward_1.real, forward_1.imag]), repeat(_components(forward_2, inputs)),
+        _stack([kernel_1.real, kernel_1.imag]), repeat(_components(kernel_2, kernels)),
+        _stack([back_1.real.T, -back_1.imag.T]).T.copy(), repeat(_combine(back_2, weights)))
 
 
-def _fourier_matrix(length: int, sign: int) -> np.ndarray:
-    turns = np.outer(np.arange(length), np.arange(length)) % length
+def _fourier_matrix(length: int, sign: int, shift: float = 0.0) -> np.ndarray:
+    turns = np.outer(np.arange(length) + shift, np.arange(length)) % length
     return np.exp(sign * 2j * math.pi * turns / length)
 
 

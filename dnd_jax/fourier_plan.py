@@ -6,14 +6,12 @@ elsewhere too, but for the size of a chunk. They come from trials of single conv
 
 import dataclasses
 import functools
-import math
 
 FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with both gradients, GFLOP/s
 HALF_SPEED = 12  # rows of a product at which it runs at half of that
 OVERHEAD = 300_000.0  # of the many small steps of the Fourier form, ns
 BYTES = 8.0  # to and from memory, GB/s
-CACHE, MEMORY = 8 << 20, 1 << 30  # bytes of a kernel's spectrum at once: on a CPU, what is near by when it is used; elsewhere
-LEAST_CHANNELS = 32  # of a chunk
+MEMORY = 1 << 30  # bytes of a kernel's spectrum at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +32,29 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A Fourier form: two axes, three products or four, and output channels in `chunks` of `chunk`."""
+    """A Fourier form: two axes, three products or four, frequencies of the first axis in groups."""
 
     batch: int
     first: Axis
     second: Axis
     karatsuba: bool
-    out: int
-    chunks: int
-    chunk: int
+    groups: int = 1
 
     @property
     def half(self) -> int:
-        return self.first.length // 2 + 1
+        return self.first.length // 2
 
     @property
-    def frequencies(self) -> int:
-        return self.half * self.second.length * (3 if self.karatsuba else 1)
+    def parts(self) -> int:
+        return 1 if self.karatsuba else 2
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.first.tiles * self.second.tiles
 
 
-def axes(size: int, taps: int) -> list[Axis]:
-    """Return the ways to cut an axis of one convolution."""
+def axes(size: int, taps: int, even: bool = False) -> list[Axis]:
+    """Return the ways to cut an axis of one convolution, into tiles of even length if need be."""
     low = min((taps - 1) // 2, size - 1)
     high = min(taps - 1 - (taps - 1) // 2, size - 1)
     found = {}
@@ -62,6 +62,7 @@ def axes(size: int, taps: int) -> list[Axis]:
         step = -(-size // tiles)
         tiles = -(-size // step)
         length = size + max(low, high) if tiles == 1 else step + low + high
+        length += even and length % 2
         found[tiles] = Axis(size, low, high, tiles, step, length)
     return [axis for axis in found.values() if axis.length <= 64]
 
@@ -70,40 +71,35 @@ def axes(size: int, taps: int) -> list[Axis]:
 def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, taps: int, backend: str) -> Plan | None:
     """Return the cheapest Fourier form of a convolution, or None where the direct one is cheaper."""
     best, best_cost = None, 3 * 2 * batch * size_1 * size_2 * channels * out * taps**2 / DIRECT_FLOPS
-    for first in axes(size_1, taps):
+    for first in axes(size_1, taps, even=True):
         for second in axes(size_2, taps):
             for karatsuba in (False, True):
-                plan = Plan(batch, first, second, karatsuba, out, 1, out)
-                if (cost := _cost(plan, channels)) < best_cost:
+                plan = Plan(batch, first, second, karatsuba)
+                if (cost := _cost(plan, channels, out)) < best_cost:
                     best, best_cost = plan, cost
-    return best and _chunk(best, channels, backend)
+    return best and _group(best, channels * out)
 
 
-def _cost(plan: Plan, channels: int) -> float:
+def _cost(plan: Plan, channels: int, out: int) -> float:
     """Return nanoseconds of a convolution and its two gradients, each of which costs about as much."""
     a, b, half = plan.first, plan.second, plan.half
-    tiles, out = plan.batch * a.tiles * b.tiles, plan.out
-    parts = 3 if plan.karatsuba else 2
-    rows = tiles if plan.karatsuba else 2 * tiles
-    spectrum = half * b.length * parts  # numbers for each channel
-    multiplications = half * b.length * (3 if plan.karatsuba else 4) * tiles * channels * out
-    products = 2 * multiplications / (FLOPS * rows / (rows + HALF_SPEED))
+    rows, parts = plan.parts * plan.rows, plan.parts
+    frequencies = half * b.length * (3 if plan.karatsuba else 1)
+    products = 2 * frequencies * rows * parts * channels * out / (FLOPS * rows / (rows + HALF_SPEED))
 
-    def transform(length_1: int, length_2: int, times: int, numbers: int) -> float:
-        flops = 2 * times * (2 * half * length_1 * length_2 + numbers * 2 * length_2)
-        traffic = 4 * times * (length_1 * length_2 + 4 * half * length_2 + 2 * numbers)
+    def transform(length_1: int, length_2: int, times: int, parts: int) -> float:
+        flops = 2 * times * (2 * half * length_1 * length_2 + frequencies * parts * 2 * length_2)
+        traffic = 4 * times * (length_1 * length_2 + 4 * half * length_2 + 2 * frequencies * parts)
         return flops / FLOPS + traffic / BYTES
 
-    kernel = transform(a.taps, b.taps, channels * out, spectrum)
-    source = transform(a.length, b.length, tiles * channels, spectrum)
-    result = transform(a.step, b.step, tiles * out, spectrum if plan.karatsuba else 2 * spectrum)
+    kernel = transform(a.taps, b.taps, channels * out, parts)
+    source = transform(a.length, b.length, plan.rows * channels, parts**2)
+    result = transform(a.step, b.step, plan.rows * out, parts)
     return 3 * products + 2 * (kernel + source + result) + OVERHEAD
 
 
-def _chunk(plan: Plan, channels: int, backend: str) -> Plan:
-    """Return the plan with output channels in chunks whose spectra stay in a cache (CPU) or in moderate memory."""
-    numbers = plan.half * plan.second.length * (3 if plan.karatsuba else 2)
-    least = max(math.ceil(4 * numbers * channels * plan.out / (CACHE if backend == "cpu" else MEMORY)), 1)
-    least = min(least, max(plan.out // LEAST_CHANNELS, 1))
-    chunks = min(range(least, 2 * least + 1), key=lambda n: (n * -(-plan.out // n), n))
-    return dataclasses.replace(plan, chunks=chunks, chunk=-(-plan.out // chunks))
+def _group(plan: Plan, size: int) -> Plan:
+    """Return the plan with groups whose spectra of a kernel of that size fit in a moderate memory."""
+    spectrum = 4 * plan.half * plan.second.length * (3 if plan.karatsuba else 2) * size
+    groups = next(n for n in range(1, plan.half + 1) if plan.half % n == 0 and (spectrum <= n * MEMORY or n == plan.half))
+    return dataclasses.replace(plan, groups=groups)

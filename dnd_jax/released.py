@@ -3,8 +3,8 @@
     python -m dnd_jax.released --checkpoint=FILE.pth --config=experiments/configs/common_sense.py:ARC-c --out=WORKDIR
     python -m dnd_jax.released --workdir=WORKDIR --checkpoint=FILE.pth
 
-The first makes a workdir that `dnd_jax.generate` takes, the second goes back. Arrays are the same on both sides: kernels
-`[out, in, k, k]`, norm `[L, C]`, affine maps `[out, in]`; only names differ:
+The first makes a workdir that `dnd_jax.generate` takes, the second goes back. Names differ, and kernels, theirs
+`[out, in, k, k]`, ours `[k, k, in, out]`; norm `[L, C]` and affine maps `[out, in]` are the same on both sides:
 
     "model.decoder.module_list.0.linear1.conv1w.weight"  <->  params["layers_0"]["width_conv_c"]
 """
@@ -59,7 +59,8 @@ def params_from_torch(state: Mapping[str, np.ndarray]) -> Params:
     Raises:
       InputError: a name that is no decoder parameter, or a layer that lacks one.
     """
-    flat = {_path_of(name): np.asarray(value) for name, value in state.items() if not NOT_DECODER.search(name)}
+    flat = {_path_of(name): _transposed(np.asarray(value), (2, 3, 1, 0))
+            for name, value in state.items() if not NOT_DECODER.search(name)}
     layers = {path.split("/")[0] for path in flat}
     expected = {f"layers_{i}/{ours}": f"{PREFIX}{i}.{theirs}" for i in range(len(layers - {"shorten"}))
                 for theirs, ours in NAMES.items()}
@@ -88,8 +89,12 @@ def params_to_torch(params: Params) -> dict[str, np.ndarray]:
     for path, value in flatten_dict(dict(params), sep="/").items():
         layer, ours = path.split("/", 1)
         name = theirs[path] if path in theirs else f"{PREFIX}{layer.removeprefix('layers_')}.{theirs[ours]}"
-        state[name] = np.asarray(value)
+        state[name] = _transposed(np.asarray(value), (3, 2, 0, 1))
     return state
+
+
+def _transposed(value: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    return np.ascontiguousarray(value.transpose(order)) if value.ndim == len(order) else value
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

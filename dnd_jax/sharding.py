@@ -19,8 +19,8 @@ from dnd_jax.types import InputError
 AXES = ("data", "fsdp", "tensor")
 # Parameter path (a regular expression for all of it) -> mesh axis of each of its leading axes. The first match counts.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"layers_\d+/(width|height)_conv_[cl]", ("tensor", "fsdp")),
-    (r"layers_\d+/out_conv", ("tensor", "fsdp")),
+    (r"layers_\d+/(width|height)_conv_[cl]", (None, None, "fsdp", "tensor")),
+    (r"layers_\d+/out_conv", (None, None, "fsdp", "tensor")),
     (r"layers_\d+/out_bias", ("tensor",)),
     (r"layers_\d+/(bias|norm/(scale|bias))", ()),
     (r"shorten/(down|gate)_weight", ("tensor", "fsdp")),

@@ -14,26 +14,26 @@ from dnd_jax.decoder import HyperConvDecoder, prepare
 from dnd_jax.fourier_plan import Plan
 
 CHANNELS, OUT = 6, 5
-# plane, k, which of the ways to cut each axis (the first is one tile), Karatsuba, chunks of output channels
+# plane, k, which of the ways to cut each axis (the first is one tile), Karatsuba, groups of frequencies
 CASES = {
     "odd kernel, one tile": ((7, 9), 3, (0, 0), True, 1),
     "even kernel, one tile": ((7, 9), 4, (0, 0), False, 1),
-    "odd kernel, partial tiles": ((11, 13), 5, (2, 1), True, 2),
+    "odd kernel, partial tiles": ((11, 13), 5, (2, 1), True, 4),
     "even kernel, partial tiles": ((11, 13), 6, (1, 2), False, 2),
     "kernel longer than one axis": ((3, 20), 9, (0, 2), True, 1),
-    "even kernel longer than both axes": ((2, 3), 10, (0, 0), False, 3),
+    "even kernel longer than both axes": ((2, 3), 10, (0, 0), False, 2),
     "tiles shorter than their overlap": ((12, 10), 7, (4, 3), True, 1),
     "one position": ((1, 1), 5, (0, 0), True, 1),
 }
 
 
-def make_plan(plane, k, cuts, karatsuba, chunks):
-    first, second = (fourier_plan.axes(size, k)[cut] for size, cut in zip(plane, cuts, strict=True))
-    return Plan(2, first, second, karatsuba, OUT, chunks, -(-OUT // chunks))
+def make_plan(plane, k, cuts, karatsuba, groups):
+    first, second = (fourier_plan.axes(size, k, even)[cut] for size, cut, even in zip(plane, cuts, (True, False), strict=True))
+    return Plan(2, first, second, karatsuba, groups)
 
 
 def operands(rng, plane, k, dtype=np.float32):
-    x, kernel, g = (rng.normal(size=s) for s in ((2, *plane, CHANNELS), (OUT, CHANNELS, k, k), (2, *plane, OUT)))
+    x, kernel, g = (rng.normal(size=s) for s in ((2, *plane, CHANNELS), (k, k, CHANNELS, OUT), (2, *plane, OUT)))
     return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), jnp.asarray(g, dtype)
 
 
@@ -45,16 +45,16 @@ def relative(actual, expected):
 def exact(x, kernel):
     """Return the convolution in float64 by its definition."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-    k, (_, s1, s2, _) = kernel.shape[-1], x.shape
+    k, (_, s1, s2, _) = kernel.shape[0], x.shape
     low = (k - 1) // 2
     padded = np.pad(x, ((0, 0), (low, k - 1 - low), (low, k - 1 - low), (0, 0)))
-    return sum(padded[:, i:i + s1, j:j + s2] @ kernel[:, :, i, j].T for i in range(k) for j in range(k))
+    return sum(padded[:, i:i + s1, j:j + s2] @ kernel[i, j] for i in range(k) for j in range(k))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_plain_convolution(rng, case):
-    plane, k, cuts, karatsuba, chunks = CASES[case]
-    plan = make_plan(plane, k, cuts, karatsuba, chunks)
+    plane, k, cuts, karatsuba, groups = CASES[case]
+    plan = make_plan(plane, k, cuts, karatsuba, groups)
     x, kernel, g = operands(rng, plane, k)
 
     @jax.jit
@@ -70,12 +70,12 @@ def test_equals_the_plain_convolution(rng, case):
 
 
 def test_bfloat16_is_as_exact_as_the_plain_convolution(rng):
-    plane, k, cuts, _, chunks = CASES["odd kernel, partial tiles"]
+    plane, k, cuts, _, groups = CASES["odd kernel, partial tiles"]
     x, kernel, g = operands(rng, plane, k, jnp.bfloat16)
     expected = exact(x, kernel)
     plain = relative(fourier_conv._direct(x, kernel, (1, 2, 3)), expected)
     for karatsuba in (False, True):
-        plan = make_plan(plane, k, cuts, karatsuba, chunks)
+        plan = make_plan(plane, k, cuts, karatsuba, groups)
         y, transposed = jax.jit(lambda x, w, plan=plan: jax.vjp(lambda x, w: fourier_conv._fourier(x, w, plan), x, w))(x, kernel)
         assert y.dtype == jnp.bfloat16
         assert relative(y, expected) < max(3 * plain, 4e-3), karatsuba
@@ -89,7 +89,9 @@ def test_form_follows_the_shapes():
     """Few channels on a small plane are convolved directly, many by Fourier; long kernels take Fourier on less."""
     assert fourier_plan.make_plan(1, 4, 4, 2, 2, 3, "cpu") is None
     plan = fourier_plan.make_plan(1, 18, 514, 256, 308, 11, "cpu")
-    assert plan is not None and plan.second.tiles > 1 and plan.chunks > 1 and plan.chunks * plan.chunk == 308
+    assert plan is not None and plan.second.tiles > 1 and plan.groups == 1
+    plan = fourier_plan.make_plan(1, 18, 514, 8 * 256, 8 * 308, 11, "cpu")
+    assert plan is not None and plan.groups > 1 and plan.half % plan.groups == 0
 
 
 def layer_of(features, k):

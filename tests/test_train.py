@@ -166,8 +166,8 @@ def test_one_device_equals_every_mesh_of_eight(tmp_path, on_one_device):
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("8,1,1", "2,4,1", "2,2,2", "resumed"):
         assert_same_losses(log, read_log(tmp_path / name))
-    assert "(128, 128, 1, 1) (64, 64, 1, 1) P('tensor', 'fsdp')" in done.stdout
-    assert "(128, 1, 1) True" in done.stdout and "float32 True" in done.stdout
+    assert "(1, 1, 128, 128) (1, 1, 64, 64) P(None, None, 'fsdp', 'tensor')" in done.stdout
+    assert "(1, 1, 128) True" in done.stdout and "float32 True" in done.stdout
     assert "a batch of 6 does not divide over 8 devices" in done.stdout
     assert "optimizer state" in done.stdout and "its parameter as" in done.stdout
 

@@ -72,7 +72,7 @@ class OneConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.features[1][0], self.features[0][0], self.kernel_size, self.kernel_size)
+        shape = (self.kernel_size, self.kernel_size, self.features[0][0], self.features[1][0])
         return plane_conv(x, self.param("weight", nn.initializers.normal(0.01), shape), "BNMD,MD->BOMD")
 
 
@@ -99,7 +99,7 @@ def theirs(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray) -> dict
     from tests.torch_decoder import Decoder
 
     whole = isinstance(decoder, HyperConvDecoder)
-    weights = released.params_to_torch(params) if whole else {"weight": np.asarray(params["weight"])}
+    weights = released.params_to_torch(params) if whole else {"weight": np.asarray(params["weight"]).transpose(3, 2, 0, 1)}
     state = {key: torch.tensor(value) for key, value in weights.items()}
     picture, wanted = torch.tensor(x), torch.tensor(target)
     compilers = [False, True] if shutil.which("g++") or shutil.which("clang++") else [False]
