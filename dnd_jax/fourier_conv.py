@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from dnd_jax.fourier_plan import Axis, Plan, make_plan
+from dnd_jax.fourier_plan import Plan, make_plan
 from dnd_jax.types import Block
 
 Kernel = Float[Array, "k k I O"]
@@ -130,15 +130,15 @@ def _backward(plan: Plan, saved: tuple[jax.Array, Any], g: jax.Array) -> tuple[j
     x, kernel = saved
     half_x, input_1_transposed = jax.vjp(lambda x: _input_1(x, plan), x)
     half_w, kernel_1_transposed = jax.vjp(lambda w: _kernel_1(w, plan), kernel)
-    half_y = jax.ShapeDtypeStruct((*half_x.shape[:2], 2 * plan.second.step, plan.rows, kernel.shape[-1]), jnp.float32)
-    (half_g,) = jax.linear_transpose(lambda half: _output_1(half, plan, x), half_y)(g)
+    half_y = jnp.zeros((*half_x.shape[:2], 2 * plan.second.step, plan.rows, kernel.shape[-1]))
+    (half_g,) = jax.vjp(lambda half: _output_1(half, plan, x), half_y)[1](g)
 
     def group(of: Any) -> tuple[jax.Array, jax.Array]:
         half_x, half_w, half_g = of
         values, input_2_transposed = jax.vjp(lambda half: _input_2(half, plan, x), half_x)
         w, kernel_2_transposed = jax.vjp(lambda half: _kernel_2(half, plan, kernel), half_w)
-        like = jax.ShapeDtypeStruct((len(w), plan.parts * plan.rows, w.shape[-1]), jnp.float32)
-        (d_y,) = jax.linear_transpose(lambda y: _output_2(y, plan), like)(half_g)
+        y = jnp.zeros((len(w), plan.parts * plan.rows, w.shape[-1]))
+        (d_y,) = jax.vjp(lambda y: _output_2(y, plan), y)[1](half_g)
         d_y = d_y.astype(x.dtype)
         d_x = _product(f"fko,fro->{_letters(plan)}", w, d_y).astype(x.dtype)
         d_w = _product(f"{_letters(plan)},fro->fko", values, d_y).astype(kernel.dtype)
@@ -171,13 +171,13 @@ def _over_groups(function: Callable[[Any], Any], groups: Any) -> Any:
 
 
 def _input_1(x: jax.Array, plan: Plan) -> jax.Array:
-    """Return half a transform of all tiles, `[groups, half / groups, 2 n2, C, R]`, or channels last for many."""
-    a, b = plan.first, plan.second
-    tiles = _tiles(_tiles(x.astype(jnp.float32), 1, a), 3, b)  # B t1 n1 t2 n2 C
-    tiles = tiles.transpose(2, 4, 0, 1, 3, 5) if plan.karatsuba else tiles.transpose(2, 4, 5, 0, 1, 3)
-    half = jnp.dot(_matrices(plan).input_1, tiles.reshape(a.length, -1))
-    sizes = (plan.rows, x.shape[-1]) if plan.karatsuba else (x.shape[-1], plan.rows)
-    return half.reshape(plan.groups, -1, 2 * b.length, *sizes)
+    """Return half a transform of all tiles, `[groups, half / groups, 2 n2, C, R]`, or channels last for many rows."""
+    channels = x.shape[-1]
+    plane = x.astype(jnp.float32).transpose(1, 2, 0, 3).reshape(-1, plan.batch * channels)
+    tiles = _moves(plan).cut(plane).reshape(-1, plan.rows, channels)  # n1 n2, t2 t1 B, C
+    tiles = tiles if plan.karatsuba else tiles.swapaxes(1, 2)
+    half = jnp.dot(_matrices(plan).input_1, tiles.reshape(plan.first.length, -1))
+    return half.reshape(plan.groups, -1, 2 * plan.second.length, *tiles.shape[1:])
 
 
 def _input_2(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
@@ -186,21 +186,6 @@ def _input_2(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
     first, last = half.shape[2:]
     parts = spectrum.reshape(-1, plan.parts, plan.parts, first, last).swapaxes(2, 3)
     return parts.reshape(-1, plan.parts * first, plan.parts * last)
-
-
-def _tiles(x: jax.Array, axis: int, a: Axis) -> jax.Array:
-    """Cut one axis into two, tiles and positions of a tile, as views of whole blocks: slices that overlap differentiate badly."""
-    blocks = a.tiles + -(-a.length // a.step) - 1 if a.tiles > 1 else 1
-    width = a.step if a.tiles > 1 else a.length
-    padding = [(0, 0, 0)] * x.ndim
-    padding[axis] = (a.low, blocks * width - a.low - a.size, 0)
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
-    x = x.reshape(*x.shape[:axis], blocks, width, *x.shape[axis + 1:])
-    views = []
-    for i in range(-(-a.length // width)):
-        view = jax.lax.slice_in_dim(x, i, i + a.tiles, axis=axis)
-        views.append(jax.lax.slice_in_dim(view, 0, min(width, a.length - i * width), axis=axis + 1))
-    return jnp.concatenate(views, axis + 1) if len(views) > 1 else views[0]
 
 
 def _kernel_1(kernel: Kernel, plan: Plan) -> jax.Array:
@@ -226,10 +211,58 @@ def _output_2(y: jax.Array, plan: Plan) -> jax.Array:
 
 def _output_1(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
     """Return the plane `[B, S1, S2, O]`, of a dtype like another's, of half a transform in groups."""
+    out = half.shape[-1]
+    tiles = jnp.dot(_matrices(plan).output_1, half.reshape(2 * plan.half, -1))
+    plane = _moves(plan).join(tiles.reshape(-1, plan.batch * out))  # m1 m2 t2 t1, B O
+    return plane.reshape(plan.first.size, plan.second.size, plan.batch, out).transpose(2, 0, 1, 3).astype(like.dtype)
+
+
+# --- where things lie ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moves:
+    """From a plane's positions, as rows of an array, to the inputs of tiles in the order n1 n2 t2 t1, and from outputs back."""
+
+    cut: Callable[[jax.Array], jax.Array]
+    join: Callable[[jax.Array], jax.Array]
+
+
+@functools.lru_cache
+def _moves(plan: Plan) -> _Moves:
     a, b = plan.first, plan.second
-    y = jnp.dot(_matrices(plan).output_1, half.reshape(2 * plan.half, -1))
-    y = y.reshape(a.step, b.step, plan.batch, a.tiles, b.tiles, -1).transpose(2, 3, 0, 4, 1, 5)
-    return y.reshape(plan.batch, a.tiles * a.step, b.tiles * b.step, -1)[:, :a.size, :b.size].astype(like.dtype)
+
+    def positions(length_1: int, length_2: int, low_1: int, low_2: int) -> np.ndarray:
+        first = np.arange(a.tiles) * a.step + np.arange(length_1)[:, None, None, None] - low_1
+        second = np.arange(b.tiles)[:, None] * b.step + np.arange(length_2)[:, None, None] - low_2
+        inside = (first >= 0) & (first < a.size) & (second >= 0) & (second < b.size)
+        return np.where(inside, first * b.size + second, a.size * b.size).ravel()
+
+    cut, join = positions(a.length, b.length, a.low, b.low), positions(a.step, b.step, 0, 0)
+    (back,) = _inverse(join, a.size * b.size)
+    return _Moves(_mover(cut, _inverse(cut, a.size * b.size)), _mover(back, [join]))
+
+
+def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return where each of `size` rows was taken to, `[times, size]`, and beyond the end where it was taken fewer times."""
+    order = np.argsort(index, kind="stable")
+    order = order[index[order] < size]
+    rows = index[order]
+    times = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    places = np.full((times.max() + 1, size), len(index))
+    places[times, rows] = order
+    return list(places)
+
+
+def _mover(index: np.ndarray, back: list[np.ndarray]) -> Callable[[jax.Array], jax.Array]:
+    """Return a function that takes rows, zeros for those beyond the end; its gradient takes rows too, where JAX would scatter."""
+    def take(rows: jax.Array, index: np.ndarray) -> jax.Array:
+        return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
+
+    move = jax.custom_vjp(lambda rows: take(rows, index))
+    move.defvjp(lambda rows: (take(rows, index), None),
+                lambda _, g: (functools.reduce(jnp.add, [take(g, places) for places in back]),))
+    return move
 
 
 @dataclasses.dataclass(frozen=True)

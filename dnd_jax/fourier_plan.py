@@ -8,8 +8,9 @@ import dataclasses
 import functools
 
 FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with both gradients, GFLOP/s
+HALF_DIRECT = 1000  # channels in times channels out at which the direct one runs at half of that
 HALF_SPEED = 12  # rows of a product at which it runs at half of that
-OVERHEAD = 300_000.0  # of the many small steps of the Fourier form, ns
+OVERHEAD = 200_000.0  # of the many small steps of the Fourier form, ns
 BYTES = 8.0  # to and from memory, GB/s
 MEMORY = 1 << 30  # bytes of a kernel's spectrum at once
 
@@ -70,7 +71,7 @@ def axes(size: int, taps: int, even: bool = False) -> list[Axis]:
 @functools.lru_cache(maxsize=1024)
 def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, taps: int, backend: str) -> Plan | None:
     """Return the cheapest Fourier form of a convolution, or None where the direct one is cheaper."""
-    best, best_cost = None, 3 * 2 * batch * size_1 * size_2 * channels * out * taps**2 / DIRECT_FLOPS
+    best, best_cost = None, 3 * 2 * batch * size_1 * size_2 * taps**2 * (channels * out + HALF_DIRECT) / DIRECT_FLOPS
     for first in axes(size_1, taps, even=True):
         for second in axes(size_2, taps):
             for karatsuba in (False, True):
