@@ -20,7 +20,6 @@ takes much memory goes through them in groups.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from dnd_jax.fourier_constants import matrices, moves
 from dnd_jax.fourier_plan import Plan, make_plan
 from dnd_jax.types import Block
 
@@ -96,7 +96,7 @@ def _convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int]) -
 
 def _plan(x: Any, kernel: Kernel, axes: tuple[int, int, int]) -> Plan | None:
     batch, (size_1, size_2) = x.shape[0], (x.shape[axis] for axis in axes[:2])
-    return make_plan(batch, size_1, size_2, *kernel.shape[2:], kernel.shape[0], jax.default_backend())
+    return make_plan(batch, size_1, size_2, *kernel.shape[2:], kernel.shape[0])
 
 
 def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
@@ -174,15 +174,15 @@ def _input_1(x: jax.Array, plan: Plan) -> jax.Array:
     """Return half a transform of all tiles, `[groups, half / groups, 2 n2, C, R]`, or channels last for many rows."""
     channels = x.shape[-1]
     plane = x.astype(jnp.float32).transpose(1, 2, 0, 3).reshape(-1, plan.batch * channels)
-    tiles = _moves(plan).cut(plane).reshape(-1, plan.rows, channels)  # n1 n2, t2 t1 B, C
+    tiles = moves(plan).cut(plane).reshape(-1, plan.rows, channels)  # n1 n2, t2 t1 B, C
     tiles = tiles if plan.karatsuba else tiles.swapaxes(1, 2)
-    half = jnp.dot(_matrices(plan).input_1, tiles.reshape(plan.first.length, -1))
+    half = jnp.dot(matrices(plan).input_1, tiles.reshape(plan.first.length, -1))
     return half.reshape(plan.groups, -1, 2 * plan.second.length, *tiles.shape[1:])
 
 
 def _input_2(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
     """Return a group's spectra `[F, P C, P R]`, or `[F, R, C]` of many rows, of a dtype like another's."""
-    spectrum = jnp.matmul(_matrices(plan).input_2, half.reshape(*half.shape[:2], -1)).astype(like.dtype)
+    spectrum = jnp.matmul(matrices(plan).input_2, half.reshape(*half.shape[:2], -1)).astype(like.dtype)
     first, last = half.shape[2:]
     parts = spectrum.reshape(-1, plan.parts, plan.parts, first, last).swapaxes(2, 3)
     return parts.reshape(-1, plan.parts * first, plan.parts * last)
@@ -193,134 +193,25 @@ def _kernel_1(kernel: Kernel, plan: Plan) -> jax.Array:
     a, b = plan.first, plan.second
     low = (kernel.shape[0] - 1) // 2
     taps = kernel[low - a.low:low + a.high + 1, low - b.low:low + b.high + 1].astype(jnp.float32)
-    half = jnp.dot(_matrices(plan).kernel_1, taps.reshape(a.taps, -1))
+    half = jnp.dot(matrices(plan).kernel_1, taps.reshape(a.taps, -1))
     return half.reshape(plan.groups, -1, 2 * b.taps, *kernel.shape[2:])
 
 
 def _kernel_2(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
     """Return a group's spectra `[F, P I, O]` of a kernel, of a dtype like another's."""
-    spectrum = jnp.matmul(_matrices(plan).kernel_2, half.reshape(*half.shape[:2], -1)).astype(like.dtype)
+    spectrum = jnp.matmul(matrices(plan).kernel_2, half.reshape(*half.shape[:2], -1)).astype(like.dtype)
     return spectrum.reshape(-1, plan.parts * half.shape[2], half.shape[3])
 
 
 def _output_2(y: jax.Array, plan: Plan) -> jax.Array:
     """Return a group's half of the outputs' transform, `[half / groups, 2 m2, R, O]`, of products `[F, P R, O]`."""
-    half = jnp.matmul(_matrices(plan).output_2, y.reshape(plan.half // plan.groups, -1, plan.rows * y.shape[-1]))
+    half = jnp.matmul(matrices(plan).output_2, y.reshape(plan.half // plan.groups, -1, plan.rows * y.shape[-1]))
     return half.reshape(*half.shape[:2], plan.rows, -1)
 
 
 def _output_1(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
     """Return the plane `[B, S1, S2, O]`, of a dtype like another's, of half a transform in groups."""
     out = half.shape[-1]
-    tiles = jnp.dot(_matrices(plan).output_1, half.reshape(2 * plan.half, -1))
-    plane = _moves(plan).join(tiles.reshape(-1, plan.batch * out))  # m1 m2 t2 t1, B O
+    tiles = jnp.dot(matrices(plan).output_1, half.reshape(2 * plan.half, -1))
+    plane = moves(plan).join(tiles.reshape(-1, plan.batch * out))  # m1 m2 t2 t1, B O
     return plane.reshape(plan.first.size, plan.second.size, plan.batch, out).transpose(2, 0, 1, 3).astype(like.dtype)
-
-
-# --- where things lie ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Moves:
-    """From a plane's positions, as rows of an array, to the inputs of tiles in the order n1 n2 t2 t1, and from outputs back."""
-
-    cut: Callable[[jax.Array], jax.Array]
-    join: Callable[[jax.Array], jax.Array]
-
-
-@functools.lru_cache
-def _moves(plan: Plan) -> _Moves:
-    a, b = plan.first, plan.second
-
-    def positions(length_1: int, length_2: int, low_1: int, low_2: int) -> np.ndarray:
-        first = np.arange(a.tiles) * a.step + np.arange(length_1)[:, None, None, None] - low_1
-        second = np.arange(b.tiles)[:, None] * b.step + np.arange(length_2)[:, None, None] - low_2
-        inside = (first >= 0) & (first < a.size) & (second >= 0) & (second < b.size)
-        return np.where(inside, first * b.size + second, a.size * b.size).ravel()
-
-    cut, join = positions(a.length, b.length, a.low, b.low), positions(a.step, b.step, 0, 0)
-    (back,) = _inverse(join, a.size * b.size)
-    return _Moves(_mover(cut, _inverse(cut, a.size * b.size)), _mover(back, [join]))
-
-
-def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:
-    """Return where each of `size` rows was taken to, `[times, size]`, and beyond the end where it was taken fewer times."""
-    order = np.argsort(index, kind="stable")
-    order = order[index[order] < size]
-    rows = index[order]
-    times = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    places = np.full((times.max() + 1, size), len(index))
-    places[times, rows] = order
-    return list(places)
-
-
-def _mover(index: np.ndarray, back: list[np.ndarray]) -> Callable[[jax.Array], jax.Array]:
-    """Return a function that takes rows, zeros for those beyond the end; its gradient takes rows too, where JAX would scatter."""
-    def take(rows: jax.Array, index: np.ndarray) -> jax.Array:
-        return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
-
-    move = jax.custom_vjp(lambda rows: take(rows, index))
-    move.defvjp(lambda rows: (take(rows, index), None),
-                lambda _, g: (functools.reduce(jnp.add, [take(g, places) for places in back]),))
-    return move
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrices:
-    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of a group."""
-
-    input_1: np.ndarray
-    input_2: np.ndarray
-    kernel_1: np.ndarray
-    kernel_2: np.ndarray
-    output_1: np.ndarray
-    output_2: np.ndarray
-
-
-@functools.lru_cache
-def _matrices(plan: Plan) -> _Matrices:
-    a, b = plan.first, plan.second
-    forward_1, forward_2 = _fourier_matrix(a.length, -1, 0.5)[:plan.half], _fourier_matrix(b.length, -1)
-    # Convolutions of networks are correlations: the kernel's transform is the conjugate one.
-    kernel_1, kernel_2 = forward_1.conj()[:, :a.taps], forward_2.conj()[:, :b.taps]
-    back_1 = 2 * _fourier_matrix(a.length, -1, 0.5)[:plan.half, :a.step].conj().T / a.length  # twice: for the other half
-    back_2 = _fourier_matrix(b.length, 1)[:b.step] / b.length
-    # Parts of X, of W, and what each real product Y weighs in the complex one.
-    inputs: tuple[complex, ...]
-    kernels: tuple[complex, ...]
-    weights: tuple[complex, ...]
-    if plan.karatsuba:
-        inputs, kernels, weights = (1, 1j, 1 + 1j), (1, 1j, 1 + 1j), (1 - 1j, -1 - 1j, 1j)
-    else:
-        inputs, kernels, weights = (1, 1j, -1j, 1), (1, 1j), (1, 1j)
-    repeat = functools.partial(_repeated, times=plan.half // plan.groups)
-    return _Matrices(
-        _stack([forward_1.real, forward_1.imag]), repeat(_components(forward_2, inputs)),
-        _stack([kernel_1.real, kernel_1.imag]), repeat(_components(kernel_2, kernels)),
-        _stack([back_1.real.T, -back_1.imag.T]).T.copy(), repeat(_combine(back_2, weights)))
-
-
-def _fourier_matrix(length: int, sign: int, shift: float = 0.0) -> np.ndarray:
-    turns = np.outer(np.arange(length) + shift, np.arange(length)) % length
-    return np.exp(sign * 2j * math.pi * turns / length)
-
-
-def _stack(rows: list[np.ndarray]) -> np.ndarray:
-    """Interleave the rows of matrices."""
-    return np.stack(rows, 1).reshape(-1, rows[0].shape[-1]).astype(np.float32)
-
-
-def _components(matrix: np.ndarray, which: tuple[complex, ...]) -> np.ndarray:
-    """Return the matrix from (real, imaginary) columns to rows: the real part for 1, the imaginary for 1j, or their sum."""
-    wide = np.concatenate([matrix, 1j * matrix], 1)
-    return _stack([wide.real * complex(c).real + wide.imag * complex(c).imag for c in which])
-
-
-def _combine(matrix: np.ndarray, weights: tuple[complex, ...]) -> np.ndarray:
-    """Return the matrix from real products to (real, imaginary) rows, each product weighing as given in its complex sum."""
-    wide = (matrix[:, :, None] * np.array(weights)).reshape(len(matrix), -1)
-    return np.concatenate([wide.real, wide.imag]).astype(np.float32)
-
-
-def _repeated(matrix: np.ndarray, times: int) -> np.ndarray:
-    return np.ascontiguousarray(np.broadcast_to(matrix, (times, *matrix.shape)))

@@ -1,7 +1,7 @@
 """Which form a plane convolution takes: a cost model of its shapes.
 
 The constants are nanoseconds and rates of one core of an AVX2 machine; only their ratios matter, and they hold roughly
-elsewhere too, but for the size of a chunk. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25).
+elsewhere too. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25).
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def axes(size: int, taps: int, even: bool = False) -> list[Axis]:
 
 
 @functools.lru_cache(maxsize=1024)
-def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, taps: int, backend: str) -> Plan | None:
+def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, taps: int) -> Plan | None:
     """Return the cheapest Fourier form of a convolution, or None where the direct one is cheaper."""
     best, best_cost = None, 3 * 2 * batch * size_1 * size_2 * taps**2 * (channels * out + HALF_DIRECT) / DIRECT_FLOPS
     for first in axes(size_1, taps, even=True):

@@ -87,10 +87,10 @@ def test_bfloat16_is_as_exact_as_the_plain_convolution(rng):
 
 def test_form_follows_the_shapes():
     """Few channels on a small plane are convolved directly, many by Fourier; long kernels take Fourier on less."""
-    assert fourier_plan.make_plan(1, 4, 4, 2, 2, 3, "cpu") is None
-    plan = fourier_plan.make_plan(1, 18, 514, 256, 308, 11, "cpu")
+    assert fourier_plan.make_plan(1, 4, 4, 2, 2, 3) is None
+    plan = fourier_plan.make_plan(1, 18, 514, 256, 308, 11)
     assert plan is not None and plan.second.tiles > 1 and plan.groups == 1
-    plan = fourier_plan.make_plan(1, 18, 514, 8 * 256, 8 * 308, 11, "cpu")
+    plan = fourier_plan.make_plan(1, 18, 514, 8 * 256, 8 * 308, 11)
     assert plan is not None and plan.groups > 1 and plan.half % plan.groups == 0
 
 

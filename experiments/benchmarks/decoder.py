@@ -7,9 +7,9 @@ A row is a decoder, a kernel size, a batch, a number of cores, and the forward p
 transforms computed before, as generation does) or the gradients of a squared error for all parameters (`step`). PyTorch has
 each of its settings, eager or `torch.compile`, channels-last or not; the ratio is its fastest float32 median over ours, above 1
 is faster, and bf16 autocast is a ratio of its own. A CPU without instructions for bf16 would take hours for that: where one
-forward pass takes more than twice as long as in float32, the row says how much longer and leaves it out. All are interleaved in one process with
-one allocator setting, after parity to 1e-5 was checked. The Fourier form is an algorithm, not a virtue of JAX: written in
-PyTorch it would be as fast there.
+forward pass takes more than twice as long as in float32, the row says how much longer and leaves it out. All are interleaved in
+one process with one allocator setting, after parity to 1e-5 was checked. The Fourier form is an algorithm, not a virtue of
+JAX: written in PyTorch it would be as fast there.
 
 On an accelerator the published decoders are timed instead, in bfloat16 (`experiments/benchmarks/accelerator.py`); without one
 their floors are printed after the rows.
