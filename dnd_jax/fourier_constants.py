@@ -59,7 +59,7 @@ def _mover(index: np.ndarray, back: list[np.ndarray]) -> Callable[[jax.Array], j
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of a group."""
+    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of the first."""
 
     input_1: np.ndarray
     input_2: np.ndarray
@@ -85,7 +85,7 @@ def matrices(plan: Plan) -> Matrices:
         inputs, kernels, weights = (1, 1j, 1 + 1j), (1, 1j, 1 + 1j), (1 - 1j, -1 - 1j, 1j)
     else:
         inputs, kernels, weights = (1, 1j, -1j, 1), (1, 1j), (1, 1j)
-    repeat = functools.partial(_repeated, times=plan.half // plan.groups)
+    repeat = functools.partial(_repeated, times=plan.half)
     return Matrices(
         _stack([forward_1.real, forward_1.imag]), repeat(_components(forward_2, inputs)),
         _stack([kernel_1.real, kernel_1.imag]), repeat(_components(kernel_2, kernels)),

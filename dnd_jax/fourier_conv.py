@@ -13,14 +13,12 @@ spectrum is what costs). The signs and sums of either are part of the matrices:
     y = untile(output_1 (output_2 Y))
 
 F frequencies (three for each where Karatsuba's), R rows: the tiles of all examples, P = 1, or 2 for the real and the imaginary
-parts: W has those of the kernel below each other, Y those of the outputs, and X is arranged to suit. What lies between the first
-axis and the second is called half a transform. Frequencies of the first axis are independent there, and a kernel whose spectrum
-takes much memory goes through them in groups.
+parts: W has those of the kernel below each other, Y those of the outputs, and X is arranged to suit. A kernel goes through this
+in chunks of its output channels where its spectrum takes much memory.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,7 +37,7 @@ Kernel = Float[Array, "k k I O"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """A kernel's transform `[groups, F / groups, P I, O]`, kept; good for inputs of the plan's shape only."""
+    """A kernel's transform `[F, P I, O]`, kept; good for inputs of the plan's shape only."""
 
     values: jax.Array
     plan: Plan = dataclasses.field(metadata={"static": True})
@@ -78,7 +76,7 @@ def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | No
     plan = _plan(x, kernel, axes)
     if plan is None:
         return None
-    return Spectrum(jax.lax.map(lambda half: _kernel_2(half, plan, kernel), _kernel_1(kernel, plan)), plan)
+    return Spectrum(_kernel(kernel, plan), plan)
 
 
 @functools.partial(jax.jit, static_argnames="axes", inline=True)  # outside of any jit: one compilation rather than dozens
@@ -111,44 +109,49 @@ def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _fourier(x: Float[Array, "B S1 S2 C"], kernel: Kernel | Spectrum, plan: Plan) -> Float[Array, "B S1 S2 O"]:
-    return _forward(x, kernel, plan)[0]
+    spectrum = _input(x, plan)
+
+    def part(w: jax.Array) -> jax.Array:
+        return _output(_product(f"{_letters(plan)},fko->fro", spectrum, w), plan, x)
+
+    if isinstance(kernel, Spectrum):
+        return part(kernel.values)
+    return _joined(jax.lax.map(lambda w: part(_kernel(w, plan)), _chunked(kernel, plan.chunks)))
 
 
-def _forward(x: jax.Array, kernel: Kernel | Spectrum, plan: Plan) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-    def group(of: tuple[jax.Array, jax.Array]) -> jax.Array:
-        half_x, half_w = of
-        w = half_w if isinstance(kernel, Spectrum) else _kernel_2(half_w, plan, kernel)
-        return _output_2(_product(f"{_letters(plan)},fko->fro", _input_2(half_x, plan, x), w), plan)
-
-    half_w = kernel.values if isinstance(kernel, Spectrum) else _kernel_1(kernel, plan)
-    half_y = _over_groups(group, (_input_1(x, plan), half_w))
-    return _output_1(half_y, plan, x), (x, kernel)
+def _forward(x: jax.Array, kernel: Kernel, plan: Plan) -> tuple[jax.Array, tuple[jax.Array, Kernel]]:
+    return _fourier(x, kernel, plan), (x, kernel)
 
 
-def _backward(plan: Plan, saved: tuple[jax.Array, Any], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients. Spectra are larger than what they are of, so none is saved; XLA may find that it has one already."""
     x, kernel = saved
-    half_x, input_1_transposed = jax.vjp(lambda x: _input_1(x, plan), x)
-    half_w, kernel_1_transposed = jax.vjp(lambda w: _kernel_1(w, plan), kernel)
-    half_y = jnp.zeros((*half_x.shape[:2], 2 * plan.second.step, plan.rows, kernel.shape[-1]))
-    (half_g,) = jax.vjp(lambda half: _output_1(half, plan, x), half_y)[1](g)
+    spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan), x)
 
-    def group(of: Any) -> tuple[jax.Array, jax.Array]:
-        half_x, half_w, half_g = of
-        values, input_2_transposed = jax.vjp(lambda half: _input_2(half, plan, x), half_x)
-        w, kernel_2_transposed = jax.vjp(lambda half: _kernel_2(half, plan, kernel), half_w)
+    def part(d_spectrum: jax.Array, of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        w, kernel_transposed = jax.vjp(lambda w: _kernel(w, plan), of[0])
         y = jnp.zeros((len(w), plan.parts * plan.rows, w.shape[-1]))
-        (d_y,) = jax.vjp(lambda y: _output_2(y, plan), y)[1](half_g)
+        (d_y,) = jax.vjp(lambda y: _output(y, plan, x), y)[1](of[1])
         d_y = d_y.astype(x.dtype)
-        d_x = _product(f"fko,fro->{_letters(plan)}", w, d_y).astype(x.dtype)
-        d_w = _product(f"{_letters(plan)},fro->fko", values, d_y).astype(kernel.dtype)
-        return input_2_transposed(d_x)[0], kernel_2_transposed(d_w)[0]
+        d_spectrum += _product(f"fko,fro->{_letters(plan)}", w, d_y)
+        d_w = _product(f"{_letters(plan)},fro->fko", spectrum, d_y).astype(kernel.dtype)
+        return d_spectrum, kernel_transposed(d_w)[0]
 
-    d_x, d_w = _over_groups(group, (half_x, half_w, half_g))
-    return input_1_transposed(d_x)[0], kernel_1_transposed(d_w)[0]
+    chunks = (_chunked(kernel, plan.chunks), _chunked(g, plan.chunks))
+    d_spectrum, d_kernel = jax.lax.scan(part, jnp.zeros(spectrum.shape), chunks)
+    return input_transposed(d_spectrum.astype(spectrum.dtype))[0], _joined(d_kernel)
 
 
 _fourier.defvjp(_forward, _backward)
+
+
+def _chunked(a: jax.Array, chunks: int) -> jax.Array:
+    """Return an array's last axis in chunks, `[chunks, ..., O / chunks]`."""
+    return jnp.moveaxis(a.reshape(*a.shape[:-1], chunks, -1), -2, 0)
+
+
+def _joined(chunks: jax.Array) -> jax.Array:
+    return jnp.moveaxis(chunks, 0, -2).reshape(*chunks.shape[1:-1], -1)
 
 
 def _letters(plan: Plan) -> str:
@@ -160,58 +163,35 @@ def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
 
 
-def _over_groups(function: Callable[[Any], Any], groups: Any) -> Any:
-    """Return the function's results for each group, stacked."""
-    if len(jax.tree.leaves(groups)[0]) == 1:
-        return jax.tree.map(lambda a: a[None], function(jax.tree.map(lambda a: a[0], groups)))
-    return jax.lax.map(function, groups)
-
-
 # --- transforms ------------------------------------------------------------------------------------------------------
 
 
-def _input_1(x: jax.Array, plan: Plan) -> jax.Array:
-    """Return half a transform of all tiles, `[groups, half / groups, 2 n2, C, R]`, or channels last for many rows."""
-    channels = x.shape[-1]
+def _input(x: jax.Array, plan: Plan) -> jax.Array:
+    """Return the spectra of all tiles, `[F, P C, P R]`, or `[F, R, C]` of many rows, of x's dtype."""
+    channels, parts, m = x.shape[-1], plan.parts, matrices(plan)
     plane = x.astype(jnp.float32).transpose(1, 2, 0, 3).reshape(-1, plan.batch * channels)
     tiles = moves(plan).cut(plane).reshape(-1, plan.rows, channels)  # n1 n2, t2 t1 B, C
     tiles = tiles if plan.karatsuba else tiles.swapaxes(1, 2)
-    half = jnp.dot(matrices(plan).input_1, tiles.reshape(plan.first.length, -1))
-    return half.reshape(plan.groups, -1, 2 * plan.second.length, *tiles.shape[1:])
+    half = jnp.dot(m.input_1, tiles.reshape(plan.first.length, -1))
+    spectrum = jnp.matmul(m.input_2, half.reshape(plan.half, 2 * plan.second.length, -1)).astype(x.dtype)
+    first, last = tiles.shape[1:]
+    return spectrum.reshape(-1, parts, parts, first, last).swapaxes(2, 3).reshape(-1, parts * first, parts * last)
 
 
-def _input_2(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
-    """Return a group's spectra `[F, P C, P R]`, or `[F, R, C]` of many rows, of a dtype like another's."""
-    spectrum = jnp.matmul(matrices(plan).input_2, half.reshape(*half.shape[:2], -1)).astype(like.dtype)
-    first, last = half.shape[2:]
-    parts = spectrum.reshape(-1, plan.parts, plan.parts, first, last).swapaxes(2, 3)
-    return parts.reshape(-1, plan.parts * first, plan.parts * last)
-
-
-def _kernel_1(kernel: Kernel, plan: Plan) -> jax.Array:
-    """Return half a kernel's transform, `[groups, half / groups, 2 k2, I, O]`; taps that never meet the plane are left out."""
-    a, b = plan.first, plan.second
+def _kernel(kernel: Kernel, plan: Plan) -> jax.Array:
+    """Return the spectra `[F, P I, O]` of a kernel, of its dtype; taps that never meet the plane are left out."""
+    a, b, m = plan.first, plan.second, matrices(plan)
     low = (kernel.shape[0] - 1) // 2
     taps = kernel[low - a.low:low + a.high + 1, low - b.low:low + b.high + 1].astype(jnp.float32)
-    half = jnp.dot(matrices(plan).kernel_1, taps.reshape(a.taps, -1))
-    return half.reshape(plan.groups, -1, 2 * b.taps, *kernel.shape[2:])
+    half = jnp.dot(m.kernel_1, taps.reshape(a.taps, -1))
+    spectrum = jnp.matmul(m.kernel_2, half.reshape(plan.half, 2 * b.taps, -1)).astype(kernel.dtype)
+    return spectrum.reshape(-1, plan.parts * kernel.shape[2], kernel.shape[3])
 
 
-def _kernel_2(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
-    """Return a group's spectra `[F, P I, O]` of a kernel, of a dtype like another's."""
-    spectrum = jnp.matmul(matrices(plan).kernel_2, half.reshape(*half.shape[:2], -1)).astype(like.dtype)
-    return spectrum.reshape(-1, plan.parts * half.shape[2], half.shape[3])
-
-
-def _output_2(y: jax.Array, plan: Plan) -> jax.Array:
-    """Return a group's half of the outputs' transform, `[half / groups, 2 m2, R, O]`, of products `[F, P R, O]`."""
-    half = jnp.matmul(matrices(plan).output_2, y.reshape(plan.half // plan.groups, -1, plan.rows * y.shape[-1]))
-    return half.reshape(*half.shape[:2], plan.rows, -1)
-
-
-def _output_1(half: jax.Array, plan: Plan, like: Any) -> jax.Array:
-    """Return the plane `[B, S1, S2, O]`, of a dtype like another's, of half a transform in groups."""
-    out = half.shape[-1]
-    tiles = jnp.dot(matrices(plan).output_1, half.reshape(2 * plan.half, -1))
+def _output(y: jax.Array, plan: Plan, like: Any) -> jax.Array:
+    """Return the plane `[B, S1, S2, O]` of products `[F, P R, O]`, of a dtype like another's."""
+    m, out = matrices(plan), y.shape[-1]
+    half = jnp.matmul(m.output_2, y.reshape(plan.half, -1, plan.rows * out))
+    tiles = jnp.dot(m.output_1, half.reshape(2 * plan.half, -1))
     plane = moves(plan).join(tiles.reshape(-1, plan.batch * out))  # m1 m2 t2 t1, B O
     return plane.reshape(plan.first.size, plan.second.size, plan.batch, out).transpose(2, 0, 1, 3).astype(like.dtype)

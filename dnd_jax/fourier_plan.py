@@ -33,13 +33,13 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A Fourier form: two axes, three products or four, frequencies of the first axis in groups."""
+    """A Fourier form: two axes, three products or four, output channels in chunks."""
 
     batch: int
     first: Axis
     second: Axis
     karatsuba: bool
-    groups: int = 1
+    chunks: int = 1
 
     @property
     def half(self) -> int:
@@ -78,7 +78,7 @@ def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, tap
                 plan = Plan(batch, first, second, karatsuba)
                 if (cost := _cost(plan, channels, out)) < best_cost:
                     best, best_cost = plan, cost
-    return best and _group(best, channels * out)
+    return best and _chunk(best, channels, out)
 
 
 def _cost(plan: Plan, channels: int, out: int) -> float:
@@ -99,8 +99,8 @@ def _cost(plan: Plan, channels: int, out: int) -> float:
     return 3 * products + 2 * (kernel + source + result) + OVERHEAD
 
 
-def _group(plan: Plan, size: int) -> Plan:
-    """Return the plan with groups whose spectra of a kernel of that size fit in a moderate memory."""
-    spectrum = 4 * plan.half * plan.second.length * (3 if plan.karatsuba else 2) * size
-    groups = next(n for n in range(1, plan.half + 1) if plan.half % n == 0 and (spectrum <= n * MEMORY or n == plan.half))
-    return dataclasses.replace(plan, groups=groups)
+def _chunk(plan: Plan, channels: int, out: int) -> Plan:
+    """Return the plan with chunks of output channels for a kernel's spectrum to stay in a moderate memory."""
+    spectrum = 4 * plan.half * plan.second.length * (3 if plan.karatsuba else 2) * channels * out
+    chunks = next(n for n in range(1, out + 1) if out % n == 0 and (spectrum <= n * MEMORY or n == out))
+    return dataclasses.replace(plan, chunks=chunks)
