@@ -22,6 +22,7 @@ class Moves:
 
 @functools.lru_cache
 def moves(plan: Plan) -> Moves:
+    """Return the moves of a plan: `cut` takes `[S1 S2, N]` to `[n1 n2 t2 t1, N]`, `join` `[m1 m2 t2 t1, N]` to `[S1 S2, N]`."""
     a, b = plan.first, plan.second
 
     def positions(length_1: int, length_2: int, low_1: int, low_2: int) -> np.ndarray:
@@ -71,6 +72,7 @@ class Matrices:
 
 @functools.lru_cache
 def matrices(plan: Plan) -> Matrices:
+    """Return the matrices of a plan, float32: of first axes `[out, in]`, of second axes `[frequencies, out, in]`."""
     a, b = plan.first, plan.second
     forward_1, forward_2 = _fourier_matrix(a.length, -1, 0.5)[:plan.half], _fourier_matrix(b.length, -1)
     # Convolutions of networks are correlations: the kernel's transform is the conjugate one.

@@ -76,7 +76,7 @@ def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | No
     plan = _plan(x, kernel, axes)
     if plan is None:
         return None
-    return Spectrum(_kernel(kernel, plan), plan)
+    return Spectrum(_joined(jax.lax.map(lambda w: _kernel(w, plan), _chunked(kernel, plan.chunks))), plan)
 
 
 @functools.partial(jax.jit, static_argnames="axes", inline=True)  # outside of any jit: one compilation rather than dozens
