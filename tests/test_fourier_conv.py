@@ -109,6 +109,18 @@ def test_prepared_kernels_give_the_same_tokens():
     assert relative(jax.jit(decoder.apply)(prepared, x), expected) < 1e-6
 
 
+def test_prepared_in_chunks_gives_the_same(rng, monkeypatch):
+    x, kernel, _ = operands(rng, (12, 16), 9)
+    fourier_plan.make_plan.cache_clear()
+    monkeypatch.setattr(fourier_plan, "MEMORY", 1 << 14)
+    try:
+        spectrum = fourier_conv.prepare(kernel, x, (1, 2, 3))
+    finally:
+        fourier_plan.make_plan.cache_clear()
+    assert spectrum.plan.chunks > 1
+    assert relative(fourier_conv.convolve(x, spectrum, (1, 2, 3)), exact(x, kernel)) < 6e-7
+
+
 def test_prepared_kernels_of_another_batch_are_refused():
     decoder, params, x = layer_of(((16, 12, 24), (20, 10, 16)), 9)
     with pytest.raises(ValueError, match=r"batch of 2.*prepared for 1"):
