@@ -86,7 +86,8 @@ def matrices(plan: Plan) -> Matrices:
     if plan.karatsuba:
         inputs, kernels, weights = (1, 1j, 1 + 1j), (1, 1j, 1 + 1j), (1 - 1j, -1 - 1j, 1j)
     else:
-        inputs, kernels, weights = (1, 1j, -1j, 1), (1, 1j), (1, 1j)
+        inputs = (1, 1j, -1j, 1) if plan.rows_last else (1, -1j, 1j, 1)
+        kernels, weights = (1, 1j), (1, 1j)
     repeat = functools.partial(_repeated, times=plan.half)
     return Matrices(
         _stack([forward_1.real, forward_1.imag]), repeat(_components(forward_2, inputs)),

@@ -7,9 +7,9 @@ around changes its sign, but all of that is cut off or zero). Along the second a
 is three real ones (Karatsuba; for many tiles), or four as one product of twice as many channels (for few, where the kernel's
 spectrum is what costs). The signs and sums of either are part of the matrices:
 
-    X = input_2 (input_1 tiles(x))          [F, P C, P R]
+    X = input_2 (input_1 tiles(x))          [F, P R, P C]
     W = kernel_2 (kernel_1 w)               [F, P C, O]
-    Y = X^T W                               [F, P R, O]
+    Y = X W                                 [F, P R, O]
     y = untile(output_1 (output_2 Y))
 
 F frequencies (three for each where Karatsuba's), R rows: the tiles of all examples, P = 1, or 2 for the real and the imaginary
@@ -120,12 +120,12 @@ def _fourier(x: Float[Array, "B S1 S2 C"], kernel: Kernel | Spectrum, plan: Plan
 
 
 def _forward(x: jax.Array, kernel: Kernel, plan: Plan) -> tuple[jax.Array, tuple[jax.Array, Kernel]]:
-    return _fourier(x, kernel, plan), (x, kernel)
+    return _fourier(x, kernel, _for_gradients(plan)), (x, kernel)
 
 
 def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients. Spectra are larger than what they are of, so none is saved; XLA may find that it has one already."""
-    x, kernel = saved
+    (x, kernel), plan = saved, _for_gradients(plan)
     spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan), x)
 
     def part(d_spectrum: jax.Array, of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -154,9 +154,13 @@ def _joined(chunks: jax.Array) -> jax.Array:
     return jnp.moveaxis(chunks, 0, -2).reshape(*chunks.shape[1:-1], -1)
 
 
+def _for_gradients(plan: Plan) -> Plan:
+    """Return the plan with X as XLA's products for its gradient and the kernel's are fastest on CPU: few rows behind channels."""
+    return dataclasses.replace(plan, rows_last=not plan.karatsuba)
+
+
 def _letters(plan: Plan) -> str:
-    """Return where X has its rows: many before the channels, few behind them, where XLA's products on CPU are faster."""
-    return "frk" if plan.karatsuba else "fkr"
+    return "fkr" if plan.rows_last else "frk"
 
 
 def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -167,11 +171,11 @@ def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _input(x: jax.Array, plan: Plan) -> jax.Array:
-    """Return the spectra of all tiles, `[F, P C, P R]`, or `[F, R, C]` of many rows, of x's dtype."""
+    """Return the spectra of all tiles, `[F, P R, P C]` or with the last two axes swapped, of x's dtype."""
     channels, parts, m = x.shape[-1], plan.parts, matrices(plan)
     plane = x.astype(jnp.float32).transpose(1, 2, 0, 3).reshape(-1, plan.batch * channels)
     tiles = moves(plan).cut(plane).reshape(-1, plan.rows, channels)  # n1 n2, t2 t1 B, C
-    tiles = tiles if plan.karatsuba else tiles.swapaxes(1, 2)
+    tiles = tiles.swapaxes(1, 2) if plan.rows_last else tiles
     half = jnp.dot(m.input_1, tiles.reshape(plan.first.length, -1))
     spectrum = jnp.matmul(m.input_2, half.reshape(plan.half, 2 * plan.second.length, -1)).astype(x.dtype)
     first, last = tiles.shape[1:]

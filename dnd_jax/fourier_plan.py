@@ -33,13 +33,14 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A Fourier form: two axes, three products or four, output channels in chunks."""
+    """A Fourier form: two axes, three products or four, output channels in chunks, X with its channels last or its rows."""
 
     batch: int
     first: Axis
     second: Axis
     karatsuba: bool
     chunks: int = 1
+    rows_last: bool = False
 
     @property
     def half(self) -> int:
