@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -61,12 +62,16 @@ class Checkpointer:
         A checkpoint whose bytes have changed, or that can't be loaded, is set aside, and standard output says so.
 
         Raises:
+          InputError: a sound checkpoint with parameters of other names or shapes.
           OSError: one of several processes can't load a checkpoint whose bytes are sound; the others, which wait for it, end too.
         """
         distributed.by_first(functools.partial(_set_changed_aside, self._folder))
         while paths := _steps(self._folder):
             try:
+                check_shapes(paths[-1], _shapes(paths[-1]), like["params"] if isinstance(like, dict) else like.params)
                 state = ocp.load_checkpointables(paths[-1], {"state": like})["state"]
+            except InputError:
+                raise
             except Exception as error:  # what damage raises, and where, is not documented
                 if jax.process_count() > 1:
                     raise OSError(f"{paths[-1]}: process {jax.process_index()} can't load it: {error}") from error
@@ -237,9 +242,25 @@ def _first_sound(folder: files.PathLike, paths: Sequence[pathlib.Path]) -> tuple
     raise InputError(f"{folder}: {found}, run dnd_jax.train first")
 
 
+def check_shapes(source: files.PathLike, found: Params, wanted: Params) -> None:
+    """Check that parameters (or what has their shapes) have the names and shapes of a decoder's.
+
+    Raises:
+      InputError: one that hasn't, as in checkpoints written by another version of this package.
+    """
+    have, want = ({"/".join(key): tuple(leaf.shape) for key, leaf in flatten_dict(tree).items()} for tree in (found, wanted))
+    for key in sorted(have | want):
+        if have.get(key) != want.get(key):
+            raise InputError(f"{source}: {key} has shape {have.get(key, 'none')} there, {want.get(key, 'none')} in this decoder; "
+                             "use the version of dnd_jax that wrote it, or another workdir")
+
+
+def _shapes(path: pathlib.Path) -> Any:
+    return ocp.metadata(path, checkpointable_name="state").metadata["params"]
+
+
 def _load_params(path: pathlib.Path) -> Params:
-    shapes = ocp.metadata(path, checkpointable_name="state").metadata["params"]
-    like = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)}
+    like = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _shapes(path))}
     partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.Context(pytree_options=partial):
         return ocp.load(path, like, checkpointable_name="state")["params"]

@@ -41,6 +41,8 @@ class Generator:
         self.prompts, self.layout = features[0][0], Layout.from_json(self.about["layout"])
         self.spec = Spec.from_json(self.about["spec"], carried_of(workdir, self.about))
         decoder = HyperConvDecoder(features, self.about["kernel_size"], self.about["length"])
+        wanted = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, *decoder.condition_shape)))["params"]
+        checkpoints.check_shapes(f"{workdir}/checkpoints/{self.step}", params, wanted)
         began = time.perf_counter()
         self._variables = keep_transforms(decoder, params)
         self._apply: Callable[..., Any] = jax.jit(decoder.apply).lower(

@@ -74,6 +74,12 @@ def test_of_several_processes_one_that_cannot_load_ends_and_changes_nothing(fold
     assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
 
 
+def test_sound_parameters_of_other_shapes_stop_training_and_are_left_as_they_are(folder):
+    with pytest.raises(InputError, match=r"checkpoints/3: kernel has shape \(1000,\) there, \(999,\) in this decoder"):
+        checkpoints.Checkpointer(folder, ABOUT).restore(state_of(0, 999))
+    assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
+
+
 # Orbax leaves coroutines of a load that fails half-way to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGE)

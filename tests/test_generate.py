@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import run_module
 
-from dnd_jax import adapters, generate
+from dnd_jax import adapters, checkpoints, generate
 from dnd_jax.types import InputError
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -90,6 +90,14 @@ def test_an_adapter_that_is_not_finite_or_not_written_costs_no_other(prompt_file
     with pytest.raises(InputError, match=said):
         run(names, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_symlink()) == ["b", "last"]
+
+
+def test_parameters_of_other_shapes_are_named(prompt_files, tmp_path, monkeypatch):
+    step, params, *rest = checkpoints.load_best("build/tenants-smoke/run/checkpoints")
+    params["layers_0"]["out_conv"] = np.moveaxis(params["layers_0"]["out_conv"], -1, 0)
+    monkeypatch.setattr(checkpoints, "load_best", lambda folder: (step, params, *rest))
+    with pytest.raises(InputError, match=rf"checkpoints/{step}: layers_0/out_conv has shape \(.*\) there, \(.*\) in this decoder"):
+        run(prompt_files[:1], tmp_path / "out")
 
 
 def test_one_is_written_while_the_next_is_computed():

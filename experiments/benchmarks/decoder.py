@@ -5,11 +5,12 @@
 
 A row is a decoder, a kernel size, a batch, a number of cores, and the forward pass (`forward`; `kept` with the kernels'
 transforms computed before, as generation does) or the gradients of a squared error for all parameters (`step`). PyTorch has
-each of its settings, eager or `torch.compile`, channels-last or not; the ratio is its fastest float32 median over ours, above 1
-is faster, and bf16 autocast is a ratio of its own. A CPU without instructions for bf16 would take hours for that: where one
-convolution takes more than twice as long as in float32, the row says how much longer and leaves it out. All are interleaved in
-one process with one allocator setting, after parity to 1e-5 was checked. The Fourier form is an algorithm, not a virtue of
-JAX: written in PyTorch it would be as fast there.
+each of its settings, eager or `torch.compile` (`--nocompile` saves most of the time), channels-last or not; the ratio is its
+fastest float32 median over ours, above 1 is faster, and bf16 autocast is a ratio of its own. On several cores our batch, where
+they divide it, is split over as many devices of JAX, as in training. A CPU without instructions for bf16 would take hours for
+that: where one convolution takes more than twice as long as in float32, the row says how much longer and leaves it out. All
+are interleaved in one process with one allocator setting, after parity to 1e-5 was checked. The Fourier form is an algorithm,
+not a virtue of JAX: written in PyTorch it would be as fast there.
 
 On an accelerator the published decoders are timed instead, in bfloat16 (`experiments/benchmarks/accelerator.py`); without one
 their floors are printed after the rows.
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dnd_jax import cli, files, released
+from dnd_jax import cli, files, released, sharding
 from dnd_jax.decoder import HyperConvDecoder, plane_conv, prepare
 from dnd_jax.types import InputError
 from experiments.benchmarks import accelerator
@@ -77,24 +78,33 @@ class OneConvolution(nn.Module):
         return plane_conv(x, self.param("weight", nn.initializers.normal(0.01), shape), "BNMD,MD->BOMD")
 
 
-def ours(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray) -> dict[str, Callable[[], Any]]:
+def ours(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray, cores: int = 1) -> dict[str, Callable[[], Any]]:
     """Return what is timed, jitted; each call waits until its result is there."""
-    def apply(variables: Any, x: jax.Array) -> jax.Array:
+    def apply(decoder: Any, variables: Any, x: jax.Array) -> jax.Array:
         y: Any = decoder.apply(variables, x)
         return y
 
-    forward, source, wanted = jax.jit(apply), jnp.asarray(x), jnp.asarray(target)
-    step = jax.jit(jax.grad(lambda p, x, wanted: jnp.square(apply({"params": p}, x) - wanted).mean()))
-    calls = {"forward": lambda: forward({"params": params}, source).block_until_ready(),
-             "step": lambda: jax.block_until_ready(step(params, source, wanted))}
+    def loss(decoder: Any, params: Any, x: jax.Array, wanted: jax.Array) -> jax.Array:
+        return jnp.square(apply(decoder, {"params": params}, x) - wanted).mean()
+
+    forward, step = jax.jit(apply, static_argnums=0), jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
+    calls = {}
     if isinstance(decoder, HyperConvDecoder):
-        kept = jax.jit(lambda p: prepare(decoder, p, len(x)))(params)
-        calls["kept"] = lambda: forward(kept, source).block_until_ready()
-    return calls
+        one, here, kept = decoder, jnp.asarray(x), jax.jit(lambda p: prepare(decoder, p, len(x)))(params)
+        calls["kept"] = lambda: forward(one, kept, here).block_until_ready()
+    if cores > 1 and len(x) % cores == 0:
+        mesh = sharding.make_mesh()
+        decoder, params = decoder.clone(mesh=mesh), jax.device_put(params, sharding.replicated(mesh))
+        source, wanted = sharding.put(mesh, len(x), x, target)
+    else:
+        source, wanted = jnp.asarray(x), jnp.asarray(target)
+    return {"forward": lambda: forward(decoder, {"params": params}, source).block_until_ready(),
+            "step": lambda: jax.block_until_ready(step(decoder, params, source, wanted)), **calls}
 
 
-def theirs(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return for each setting of PyTorch what is timed."""
+def theirs(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray, compilers: list[bool]
+           ) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return for each setting of PyTorch what is timed, without `torch.compile` or with it or both."""
     import torch
 
     from tests.torch_decoder import Decoder
@@ -103,7 +113,6 @@ def theirs(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray) -> dict
     weights = released.params_to_torch(params) if whole else {"weight": np.asarray(params["weight"]).transpose(3, 2, 0, 1)}
     state = {key: torch.tensor(value) for key, value in weights.items()}
     picture, wanted = torch.tensor(x), torch.tensor(target)
-    compilers = [False, True] if shutil.which("g++") or shutil.which("clang++") else [False]
     found = {}
     for compiled in compilers:
         for last in (False, True):
@@ -138,7 +147,7 @@ def _timed_in_torch(module: Any, run: Any, x: Any, target: Any, half: bool) -> d
     return {"forward": forward, "step": step}
 
 
-def measure(name: str, k: int, batch: int, cores: int, repeats: int) -> list[dict[str, Any]]:
+def measure(name: str, k: int, batch: int, cores: int, repeats: int, compilers: list[bool]) -> list[dict[str, Any]]:
     """Return the rows of one decoder: medians in ms and ratios."""
     import torch
 
@@ -151,7 +160,7 @@ def measure(name: str, k: int, batch: int, cores: int, repeats: int) -> list[dic
     # Drawn here, as `init` takes a minute to compile; the scale is what keeps a convolution's outputs as large as its inputs.
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), x[:1])["params"]
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) / np.sqrt(np.prod(p.shape[:-1])), jnp.float32), shapes)
-    mine, yours = ours(decoder, params, x, target), theirs(decoder, params, x, target)
+    mine, yours = ours(decoder, params, x, target, cores), theirs(decoder, params, x, target, compilers)
     expected = np.asarray(yours["eager"]["forward"]())
     error = np.abs(np.asarray(mine["forward"]()) - expected).max() / np.abs(expected).max()
     if not error <= 1e-5:
@@ -212,6 +221,7 @@ def define_flags() -> None:
     flags.DEFINE_list("taps", ["5", "9", "11"], "Kernel sizes to measure.")
     flags.DEFINE_list("batch", ["1", "16"], "Batches to measure.")
     flags.DEFINE_list("cores", ["1", "2"], "Numbers of cores, each in a process of its own.")
+    flags.DEFINE_bool("compile", True, "Whether PyTorch's settings include torch.compile.")
     flags.DEFINE_integer("repeats", 5, "Timings that a median is of.")
     flags.DEFINE_string("json", None, "File to keep the rows in.")
     flags.DEFINE_string("rows", None, "Set by the command itself: the file that one number of cores writes its rows to.")
@@ -220,10 +230,11 @@ def define_flags() -> None:
 def _one_process(args: Any) -> None:
     cores = int(args.cores[0])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    jax.config.update("jax_num_cpu_devices", cores)
     warnings.filterwarnings("ignore", message=".*even kernel lengths")
     rows = []
     for name, k, batch in rows_of(args.only, list(map(int, args.taps)), list(map(int, args.batch))):
-        for row in measure(name, k, batch, cores, args.repeats):
+        for row in measure(name, k, batch, cores, args.repeats, [False, True] if args.compile else [False]):
             print(report(row), flush=True)
             rows.append(row)
         files.write_json(args.rows, rows)
@@ -236,8 +247,9 @@ def main(args: Any) -> None:
         return _one_process(args)
     if jax.default_backend() != "cpu":
         return accelerator.measure_all(args.json)
-    if not shutil.which("g++") and not shutil.which("clang++"):
-        print("no C++ compiler: torch.compile is left out")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not args.compile or not compiler:
+        print("torch.compile is left out" + ("" if compiler else ": no C++ compiler"))
     rows = []
     for cores in args.cores:
         if int(cores) > len(os.sched_getaffinity(0)):
@@ -246,7 +258,8 @@ def main(args: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "experiments.benchmarks.decoder", f"--only={','.join(args.only)}",
                        f"--taps={','.join(args.taps)}", f"--batch={','.join(args.batch)}", f"--cores={cores}",
-                       f"--repeats={args.repeats}", f"--rows={folder}/rows.json"]
+                       f"--repeats={args.repeats}", f"--compile={bool(args.compile and compiler)}",
+                       f"--rows={folder}/rows.json"]
             subprocess.run(command, check=True, env=os.environ | {"GLIBC_TUNABLES": ALLOCATOR})
             rows += json.loads(pathlib.Path(folder, "rows.json").read_text())
     print(accelerator.floors())
