@@ -54,6 +54,7 @@ DECODERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 SLOW = ("layer", "k11")  # at batch 1 only
 TOO_SLOW = 2  # times as long in bf16 as in float32, of a convolution in PyTorch
+PAUSE = 0.02  # seconds before a timed call: threads of the one before, PyTorch's among them, spin for a while yet
 TAPS = {"tenants": (5,), "k11": (11,)}
 
 
@@ -199,14 +200,13 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return median seconds of each, taken in turns, after one call each to compile and warm up."""
+    """Return median seconds of each, taken in turns, after two calls each to compile and to get their memory."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(repeats):
+    for _ in range(2 + repeats):
         for name, call in calls.items():
+            time.sleep(PAUSE)
             times[name].append(seconds_of(call))
-    return {name: float(np.median(t)) for name, t in times.items()}
+    return {name: float(np.median(t[2:])) for name, t in times.items()}
 
 
 def report(row: dict[str, Any]) -> str:
