@@ -54,7 +54,7 @@ DECODERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 SLOW = ("layer", "k11")  # at batch 1 only
 TOO_SLOW = 2  # times as long in bf16 as in float32, of a convolution in PyTorch
-PAUSE = 0.02  # seconds before a timed call: threads of the one before, PyTorch's among them, spin for a while yet
+SHORT = 0.5  # seconds
 TAPS = {"tenants": (5,), "k11": (11,)}
 
 
@@ -200,11 +200,16 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return median seconds of each, taken in turns, after two calls each to compile and to get their memory."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(2 + repeats):
+    """Return median seconds of each, taken in turns, after a call to compile and one to get its memory.
+
+    A short call is timed right after one of its own, as in a loop: threads of others (PyTorch's) spin on for a while, and those
+    of this one have gone to sleep.
+    """
+    times = {name: [seconds_of(call)] for name, call in calls.items()}
+    for _ in range(1 + repeats):
         for name, call in calls.items():
-            time.sleep(PAUSE)
+            if times[name][-1] < SHORT:
+                call()
             times[name].append(seconds_of(call))
     return {name: float(np.median(t[2:])) for name, t in times.items()}
 
