@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax.fourier_plan import Plan
+from dnd_jax.fourier_plan import Axis, Plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """From a plane's positions, as rows of an array, to the inputs of tiles in the order n1 n2 t2 t1, and from outputs back."""
+    """Between rows t1 s2 of half a transform, of the plane's second axis, and n2 t2 t1 or m2 t2 t1, of its tiles."""
 
     cut: Callable[[jax.Array], jax.Array]
     join: Callable[[jax.Array], jax.Array]
@@ -22,18 +22,17 @@ class Moves:
 
 @functools.lru_cache
 def moves(plan: Plan) -> Moves:
-    """Return the moves of a plan: `cut` takes `[S1 S2, N]` to `[n1 n2 t2 t1, N]`, `join` `[m1 m2 t2 t1, N]` to `[S1 S2, N]`."""
+    """Return the moves of a plan: `cut` from `[_, t1 S2, _]` to `[_, n2 t2 t1, _]`, `join` from `[_, m2 t2 t1, _]` back."""
     a, b = plan.first, plan.second
 
-    def positions(length_1: int, length_2: int, low_1: int, low_2: int) -> np.ndarray:
-        first = np.arange(a.tiles) * a.step + np.arange(length_1)[:, None, None, None] - low_1
-        second = np.arange(b.tiles)[:, None] * b.step + np.arange(length_2)[:, None, None] - low_2
-        inside = (first >= 0) & (first < a.size) & (second >= 0) & (second < b.size)
-        return np.where(inside, first * b.size + second, a.size * b.size).ravel()
+    def positions(length: int, low: int) -> np.ndarray:
+        second = np.arange(b.tiles)[:, None] * b.step + np.arange(length)[:, None, None] - low
+        inside = (second >= 0) & (second < b.size)
+        return np.where(inside, np.arange(a.tiles) * b.size + second, a.tiles * b.size).ravel()
 
-    cut, join = positions(a.length, b.length, a.low, b.low), positions(a.step, b.step, 0, 0)
-    (back,) = _inverse(join, a.size * b.size)
-    return Moves(_mover(cut, _inverse(cut, a.size * b.size)), _mover(back, [join]))
+    cut, join = positions(b.rows, b.low if b.tiles > 1 else 0), positions(b.step, 0)
+    (back,) = _inverse(join, a.tiles * b.size)
+    return Moves(_mover(cut, _inverse(cut, a.tiles * b.size)), _mover(back, [join]))
 
 
 def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:
@@ -50,7 +49,9 @@ def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:
 def _mover(index: np.ndarray, back: list[np.ndarray]) -> Callable[[jax.Array], jax.Array]:
     """Return a function that takes rows, zeros for those beyond the end; its gradient takes rows too, where JAX would scatter."""
     def take(rows: jax.Array, index: np.ndarray) -> jax.Array:
-        return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
+        if index.shape == (rows.shape[1],) and (index == np.arange(len(index))).all():
+            return rows
+        return jnp.take(rows, index, axis=1, mode="fill", fill_value=0)
 
     move = jax.custom_vjp(lambda rows: take(rows, index))
     move.defvjp(lambda rows: (take(rows, index), None),
@@ -60,58 +61,75 @@ def _mover(index: np.ndarray, back: list[np.ndarray]) -> Callable[[jax.Array], j
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of the first."""
+    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of the first.
+
+    Those of first axes cut a plane's axis into tiles, too, and join it again.
+    """
 
     input_1: np.ndarray
     input_2: np.ndarray
     kernel_1: np.ndarray
-    kernel_2: np.ndarray
+    kernel_2: list[np.ndarray]
     output_1: np.ndarray
-    output_2: np.ndarray
+    output_2: list[np.ndarray]
 
 
 @functools.lru_cache
 def matrices(plan: Plan) -> Matrices:
     """Return the matrices of a plan, float32: of first axes `[out, in]`, of second axes `[frequencies, out, in]`."""
     a, b = plan.first, plan.second
-    forward_1, forward_2 = _fourier_matrix(a.length, -1, 0.5)[:plan.half], _fourier_matrix(b.length, -1)
+    forward_1, forward_2 = _fourier_matrix(a.length, 0.5)[:plan.half], _fourier_matrix(b.length)
     # Convolutions of networks are correlations: the kernel's transform is the conjugate one.
     kernel_1, kernel_2 = forward_1.conj()[:, :a.taps], forward_2.conj()[:, :b.taps]
-    back_1 = 2 * _fourier_matrix(a.length, -1, 0.5)[:plan.half, :a.step].conj().T / a.length  # twice: for the other half
-    back_2 = _fourier_matrix(b.length, 1)[:b.step] / b.length
-    # Parts of X, of W, and what each real product Y weighs in the complex one.
-    inputs: tuple[complex, ...]
-    kernels: tuple[complex, ...]
-    weights: tuple[complex, ...]
+    back_1 = 2 * forward_1.conj().T[:a.step] / a.length  # twice: for the other half
+    back_2 = forward_2.conj().T[:b.step] / b.length
+    if b.tiles == 1:
+        forward_2 = forward_2[:, b.low:b.low + b.size]  # the other rows are zero
+    # Parts of X, and for each array of W: its parts, and what each real product weighs in the complex one.
+    inputs: list[complex]
+    products: list[tuple[list[complex], list[complex]]]
     if plan.karatsuba:
-        inputs, kernels, weights = (1, 1j, 1 + 1j), (1, 1j, 1 + 1j), (1 - 1j, -1 - 1j, 1j)
+        inputs, products = [1, 1j, 1 + 1j], [([1, 1j, 1 + 1j], [1 - 1j, -1 - 1j, 1j])]
     else:
-        inputs = (1, 1j, -1j, 1) if plan.rows_last else (1, -1j, 1j, 1)
-        kernels, weights = (1, 1j), (1, 1j)
+        inputs, products = [1, 1j], [([1], [1, 1j]), ([1j], [1j, -1])]
     repeat = functools.partial(_repeated, times=plan.half)
+    input_1, output_1 = _tiled(a, forward_1, back_1)
     return Matrices(
-        _stack([forward_1.real, forward_1.imag]), repeat(_components(forward_2, inputs)),
-        _stack([kernel_1.real, kernel_1.imag]), repeat(_components(kernel_2, kernels)),
-        _stack([back_1.real.T, -back_1.imag.T]).T.copy(), repeat(_combine(back_2, weights)))
+        _parts(input_1), repeat(_components(forward_2, inputs)),
+        _parts(kernel_1[:, None]), [repeat(_components(kernel_2, parts)) for parts, _ in products],
+        _parts(output_1).T.copy(), [repeat(_combine(back_2, weights)) for _, weights in products])
 
 
-def _fourier_matrix(length: int, sign: int, shift: float = 0.0) -> np.ndarray:
+def _tiled(axis: Axis, forward: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return `[f, t, s]`: a transform of all tiles of an axis, and the conjugate of that of all tiles back to it."""
+    inputs, outputs = (np.zeros((len(forward), axis.tiles, axis.size), complex) for _ in range(2))
+    for tile in range(axis.tiles):
+        start = tile * axis.step
+        places = np.arange(axis.length) + start - axis.low
+        inside = (places >= 0) & (places < axis.size)
+        inputs[:, tile, places[inside]] = forward[:, inside]
+        outputs[:, tile, start:start + axis.step] = back[:axis.size - start].conj().T
+    return inputs, outputs
+
+
+def _parts(matrices: np.ndarray) -> np.ndarray:
+    """Return complex `[f, t, s]` as real `[f p t, s]`."""
+    return np.stack([matrices.real, matrices.imag], 1).reshape(-1, matrices.shape[-1]).astype(np.float32)
+
+
+def _fourier_matrix(length: int, shift: float = 0.0) -> np.ndarray:
     turns = np.outer(np.arange(length) + shift, np.arange(length)) % length
-    return np.exp(sign * 2j * math.pi * turns / length)
+    return np.exp(-2j * math.pi * turns / length)
 
 
-def _stack(rows: list[np.ndarray]) -> np.ndarray:
-    """Interleave the rows of matrices."""
-    return np.stack(rows, 1).reshape(-1, rows[0].shape[-1]).astype(np.float32)
-
-
-def _components(matrix: np.ndarray, which: tuple[complex, ...]) -> np.ndarray:
+def _components(matrix: np.ndarray, parts: list[complex]) -> np.ndarray:
     """Return the matrix from (real, imaginary) columns to rows: the real part for 1, the imaginary for 1j, or their sum."""
     wide = np.concatenate([matrix, 1j * matrix], 1)
-    return _stack([wide.real * complex(c).real + wide.imag * complex(c).imag for c in which])
+    rows = [wide.real * complex(c).real + wide.imag * complex(c).imag for c in parts]
+    return np.stack(rows, 1).reshape(-1, wide.shape[1]).astype(np.float32)
 
 
-def _combine(matrix: np.ndarray, weights: tuple[complex, ...]) -> np.ndarray:
+def _combine(matrix: np.ndarray, weights: list[complex]) -> np.ndarray:
     """Return the matrix from real products to (real, imaginary) rows, each product weighing as given in its complex sum."""
     wide = (matrix[:, :, None] * np.array(weights)).reshape(len(matrix), -1)
     return np.concatenate([wide.real, wide.imag]).astype(np.float32)

@@ -4,17 +4,17 @@ A plane of S1 x S2 positions is cut into tiles of n1 x n2 that overlap by the ta
 axis of one tile is the whole axis with zeros at its end, which wrap around to both sides. Along the first axis the tiles'
 transform is real: half a spectrum, at frequencies between those of a period, so that none is its own conjugate (what wraps
 around changes its sign, but all of that is cut off or zero). Along the second axis it is complex. A product of complex numbers
-is three real ones (Karatsuba; for many tiles), or four as one product of twice as many channels (for few, where the kernel's
-spectrum is what costs). The signs and sums of either are part of the matrices:
+is three real ones (Karatsuba; for many tiles), or each part of the kernel with both of X (for few, where the kernel's spectrum
+is what costs). The signs and sums of either are part of the matrices, as is the cutting of the first axis:
 
-    X = input_2 (input_1 tiles(x))          [F, P R, P C]
-    W = kernel_2 (kernel_1 w)               [F, P C, O]
+    X = input_2 cut(input_1 x)              [F, P R, C]
+    W = kernel_2 (kernel_1 w)               [F, C, O], one array, or one for each part
     Y = X W                                 [F, P R, O]
-    y = untile(output_1 (output_2 Y))
+    y = output_1 join(output_2 Y), summed over the arrays
 
 F frequencies (three for each where Karatsuba's), R rows: the tiles of all examples, P = 1, or 2 for the real and the imaginary
-parts: W has those of the kernel below each other, Y those of the outputs, and X is arranged to suit. A kernel goes through this
-in chunks of its output channels where its spectrum takes much memory.
+part. The channels stay last, so that nothing is transposed between the products. A kernel goes through this in chunks of its
+output channels where its spectrum takes much memory.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ Kernel = Float[Array, "k k I O"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """A kernel's transform `[F, P I, O]`, kept; good for inputs of the plan's shape only."""
+    """A kernel's transform, arrays `[F, I, O]`, kept; good for inputs of the plan's shape only."""
 
-    values: jax.Array
+    values: list[jax.Array]
     plan: Plan = dataclasses.field(metadata={"static": True})
 
 
@@ -76,7 +76,8 @@ def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | No
     plan = _plan(x, kernel, axes)
     if plan is None:
         return None
-    return Spectrum(_joined(jax.lax.map(lambda w: _kernel(w, plan), _chunked(kernel, plan.chunks))), plan)
+    chunks = jax.lax.map(lambda w: _kernel(w, plan), _chunked(_ordered(kernel, plan), plan.chunks))
+    return Spectrum(jax.tree.map(_joined, chunks), plan)
 
 
 @functools.partial(jax.jit, static_argnames="axes", inline=True)  # outside of any jit: one compilation rather than dozens
@@ -87,9 +88,18 @@ def _convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int]) -
         return _direct(x, kernel, axes)
     if plan.batch != x.shape[0]:
         raise ValueError(f"a batch of {x.shape[0]} examples, but the kernel's transform was prepared for {plan.batch}")
-    order = (0, *axes)
-    y = _fourier(x.transpose(order), kernel, plan)
+    return _planned(x, kernel, axes, plan)
+
+
+def _planned(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], plan: Plan) -> Block:
+    order = (0, axes[1], axes[0], axes[2]) if plan.swapped else (0, *axes)
+    y = _fourier(x.transpose(order), kernel if isinstance(kernel, Spectrum) else _ordered(kernel, plan), plan)
     return y.transpose(np.argsort(order))
+
+
+def _ordered(kernel: Kernel, plan: Plan) -> Kernel:
+    """Return a kernel with its taps along the plan's first axis first."""
+    return kernel.swapaxes(0, 1) if plan.swapped else kernel
 
 
 def _plan(x: Any, kernel: Kernel, axes: tuple[int, int, int]) -> Plan | None:
@@ -111,8 +121,8 @@ def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
 def _fourier(x: Float[Array, "B S1 S2 C"], kernel: Kernel | Spectrum, plan: Plan) -> Float[Array, "B S1 S2 O"]:
     spectrum = _input(x, plan)
 
-    def part(w: jax.Array) -> jax.Array:
-        return _output(_product(f"{_letters(plan)},fko->fro", spectrum, w), plan, x)
+    def part(w: list[jax.Array]) -> jax.Array:
+        return _output([_product("frk,fko->fro", spectrum, part) for part in w], plan, x)
 
     if isinstance(kernel, Spectrum):
         return part(kernel.values)
@@ -120,21 +130,21 @@ def _fourier(x: Float[Array, "B S1 S2 C"], kernel: Kernel | Spectrum, plan: Plan
 
 
 def _forward(x: jax.Array, kernel: Kernel, plan: Plan) -> tuple[jax.Array, tuple[jax.Array, Kernel]]:
-    return _fourier(x, kernel, _for_gradients(plan)), (x, kernel)
+    return _fourier(x, kernel, plan), (x, kernel)
 
 
 def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients. Spectra are larger than what they are of, so none is saved; XLA may find that it has one already."""
-    (x, kernel), plan = saved, _for_gradients(plan)
+    x, kernel = saved
     spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan), x)
 
     def part(d_spectrum: jax.Array, of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         w, kernel_transposed = jax.vjp(lambda w: _kernel(w, plan), of[0])
-        y = jnp.zeros((len(w), plan.parts * plan.rows, w.shape[-1]))
+        y = [jnp.zeros((*spectrum.shape[:2], part.shape[-1])) for part in w]
         (d_y,) = jax.vjp(lambda y: _output(y, plan, x), y)[1](of[1])
-        d_y = d_y.astype(x.dtype)
-        d_spectrum += _product(f"fko,fro->{_letters(plan)}", w, d_y)
-        d_w = _product(f"{_letters(plan)},fro->fko", spectrum, d_y).astype(kernel.dtype)
+        d_y = [part.astype(x.dtype) for part in d_y]
+        d_spectrum += sum(_product("fro,fko->frk", *both) for both in zip(d_y, w, strict=True))
+        d_w = [_product("frk,fro->fko", spectrum, part).astype(kernel.dtype) for part in d_y]
         return d_spectrum, kernel_transposed(d_w)[0]
 
     chunks = (_chunked(kernel, plan.chunks), _chunked(g, plan.chunks))
@@ -154,13 +164,13 @@ def _joined(chunks: jax.Array) -> jax.Array:
     return jnp.moveaxis(chunks, 0, -2).reshape(*chunks.shape[1:-1], -1)
 
 
-def _for_gradients(plan: Plan) -> Plan:
-    """Return the plan with X as XLA's products for its gradient and the kernel's are fastest on CPU: few rows behind channels."""
-    return dataclasses.replace(plan, rows_last=not plan.karatsuba)
-
-
-def _letters(plan: Plan) -> str:
-    return "fkr" if plan.rows_last else "frk"
+def _linear(matrix: np.ndarray, x: jax.Array) -> jax.Array:
+    """Return a constant matrix times x, `[..., M, K]` times `[..., K, N]`; the gradient has a constant of its own, since XLA's
+    products on CPU are slow where the left side is to be transposed."""
+    transposed = np.ascontiguousarray(matrix.swapaxes(-1, -2))
+    multiply = jax.custom_vjp(lambda x: jnp.matmul(matrix, x))
+    multiply.defvjp(lambda x: (jnp.matmul(matrix, x), None), lambda _, g: (jnp.matmul(transposed, g),))
+    return multiply(x)
 
 
 def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -171,31 +181,28 @@ def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _input(x: jax.Array, plan: Plan) -> jax.Array:
-    """Return the spectra of all tiles, `[F, P R, P C]` or with the last two axes swapped, of x's dtype."""
-    channels, parts, m = x.shape[-1], plan.parts, matrices(plan)
-    plane = x.astype(jnp.float32).transpose(1, 2, 0, 3).reshape(-1, plan.batch * channels)
-    tiles = moves(plan).cut(plane).reshape(-1, plan.rows, channels)  # n1 n2, t2 t1 B, C
-    tiles = tiles.swapaxes(1, 2) if plan.rows_last else tiles
-    half = jnp.dot(m.input_1, tiles.reshape(plan.first.length, -1))
-    spectrum = jnp.matmul(m.input_2, half.reshape(plan.half, 2 * plan.second.length, -1)).astype(x.dtype)
-    first, last = tiles.shape[1:]
-    return spectrum.reshape(-1, parts, parts, first, last).swapaxes(2, 3).reshape(-1, parts * first, parts * last)
+    """Return the spectra of all tiles, `[F, P R, C]`, of x's dtype."""
+    channels, m = x.shape[-1], matrices(plan)
+    plane = x.astype(jnp.float32).transpose(1, 2, 0, 3).reshape(plan.first.size, -1)
+    half = _linear(m.input_1, plane).reshape(2 * plan.half, -1, plan.batch * channels)  # f1 p, t1 s2, B C
+    tiles = moves(plan).cut(half).reshape(plan.half, 2 * plan.second.rows, -1)  # f1, p n2, t2 t1 B C
+    return _linear(m.input_2, tiles).astype(x.dtype).reshape(-1, plan.parts * plan.rows, channels)
 
 
-def _kernel(kernel: Kernel, plan: Plan) -> jax.Array:
-    """Return the spectra `[F, P I, O]` of a kernel, of its dtype; taps that never meet the plane are left out."""
+def _kernel(kernel: Kernel, plan: Plan) -> list[jax.Array]:
+    """Return the spectra `[F, I, O]` of a kernel, of its dtype; taps that never meet the plane are left out."""
     a, b, m = plan.first, plan.second, matrices(plan)
     low = (kernel.shape[0] - 1) // 2
     taps = kernel[low - a.low:low + a.high + 1, low - b.low:low + b.high + 1].astype(jnp.float32)
-    half = jnp.dot(m.kernel_1, taps.reshape(a.taps, -1))
-    spectrum = jnp.matmul(m.kernel_2, half.reshape(plan.half, 2 * b.taps, -1)).astype(kernel.dtype)
-    return spectrum.reshape(-1, plan.parts * kernel.shape[2], kernel.shape[3])
+    half = _linear(m.kernel_1, taps.reshape(a.taps, -1)).reshape(plan.half, 2 * b.taps, -1)
+    return [_linear(matrix, half).astype(kernel.dtype).reshape(-1, *kernel.shape[2:]) for matrix in m.kernel_2]
 
 
-def _output(y: jax.Array, plan: Plan, like: Any) -> jax.Array:
+def _output(products: list[jax.Array], plan: Plan, like: Any) -> jax.Array:
     """Return the plane `[B, S1, S2, O]` of products `[F, P R, O]`, of a dtype like another's."""
-    m, out = matrices(plan), y.shape[-1]
-    half = jnp.matmul(m.output_2, y.reshape(plan.half, -1, plan.rows * out))
-    tiles = jnp.dot(m.output_1, half.reshape(2 * plan.half, -1))
-    plane = moves(plan).join(tiles.reshape(-1, plan.batch * out))  # m1 m2 t2 t1, B O
+    m, out = matrices(plan), products[0].shape[-1]
+    halves = [_linear(matrix, y.reshape(plan.half, -1, plan.rows * out)) for matrix, y in zip(m.output_2, products, strict=True)]
+    half = functools.reduce(jnp.add, halves)
+    tiles = moves(plan).join(half.reshape(2 * plan.half, -1, plan.batch * out))  # f1 p, t1 s2, B O
+    plane = _linear(m.output_1, tiles.reshape(2 * plan.half * plan.first.tiles, -1))
     return plane.reshape(plan.first.size, plan.second.size, plan.batch, out).transpose(2, 0, 1, 3).astype(like.dtype)

@@ -30,17 +30,22 @@ class Axis:
     def taps(self) -> int:
         return self.low + self.high + 1
 
+    @property
+    def rows(self) -> int:
+        """Of a tile, less the zeros of the only one."""
+        return self.length if self.tiles > 1 else self.size
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A Fourier form: two axes, three products or four, output channels in chunks, X with its channels last or its rows."""
+    """A Fourier form: two axes, those of the plane swapped or not, three products or four, output channels in chunks."""
 
     batch: int
     first: Axis
     second: Axis
     karatsuba: bool
+    swapped: bool = False
     chunks: int = 1
-    rows_last: bool = False
 
     @property
     def half(self) -> int:
@@ -73,30 +78,34 @@ def axes(size: int, taps: int, even: bool = False) -> list[Axis]:
 def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, taps: int) -> Plan | None:
     """Return the cheapest Fourier form of a convolution, or None where the direct one is cheaper."""
     best, best_cost = None, 3 * 2 * batch * size_1 * size_2 * taps**2 * (channels * out + HALF_DIRECT) / DIRECT_FLOPS
-    for first in axes(size_1, taps, even=True):
-        for second in axes(size_2, taps):
-            for karatsuba in (False, True):
-                plan = Plan(batch, first, second, karatsuba)
-                if (cost := _cost(plan, channels, out)) < best_cost:
-                    best, best_cost = plan, cost
+    for swapped, (size_a, size_b) in enumerate([(size_1, size_2), (size_2, size_1)]):
+        for first in axes(size_a, taps, even=True):
+            for second in axes(size_b, taps):
+                for karatsuba in (False, True):
+                    plan = Plan(batch, first, second, karatsuba, bool(swapped))
+                    if (cost := _cost(plan, channels, out)) < best_cost:
+                        best, best_cost = plan, cost
     return best and _chunk(best, channels, out)
 
 
 def _cost(plan: Plan, channels: int, out: int) -> float:
     """Return nanoseconds of a convolution and its two gradients, each of which costs about as much."""
-    a, b, half = plan.first, plan.second, plan.half
-    rows, parts = plan.parts * plan.rows, plan.parts
-    frequencies = half * b.length * (3 if plan.karatsuba else 1)
-    products = 2 * frequencies * rows * parts * channels * out / (FLOPS * rows / (rows + HALF_SPEED))
+    a, b, half, rows = plan.first, plan.second, plan.half, plan.parts * plan.rows
+    numbers = half * b.length * (3 if plan.karatsuba else 2)  # of a kernel's spectrum, per pair of channels
+    products = 2 * numbers * rows * channels * out / (FLOPS * rows / (rows + HALF_SPEED))
 
-    def transform(length_1: int, length_2: int, times: int, parts: int) -> float:
-        flops = 2 * times * (2 * half * length_1 * length_2 + frequencies * parts * 2 * length_2)
-        traffic = 4 * times * (length_1 * length_2 + 4 * half * length_2 + 2 * frequencies * parts)
-        return flops / FLOPS + traffic / BYTES
+    def transform(outer: int, inner: int, spectrum: int, first: int, second: int, times: int) -> float:
+        """Cost of matrices from `outer` numbers by `first` products each to `inner`, and by `second` each to a spectrum."""
+        flops = 2 * (inner * first + spectrum * second)
+        return times * (flops / FLOPS + 4 * (outer + 3 * inner + spectrum) / BYTES)
 
-    kernel = transform(a.taps, b.taps, channels * out, parts)
-    source = transform(a.length, b.length, plan.rows * channels, parts**2)
-    result = transform(a.step, b.step, plan.rows * out, parts)
+    tiles = 2 * half * a.tiles
+    kernel = transform(a.taps * b.taps, 2 * half * b.taps, numbers, a.taps, 2 * b.taps, channels * out)
+    kernel += 8 * plan.swapped * (a.taps * b.taps) * channels * out / BYTES
+    source = transform(a.size * b.size, tiles * b.size, numbers * plan.rows // plan.batch, a.size,
+                       2 * b.rows, plan.batch * channels)
+    result = transform(a.size * b.size, tiles * b.size, numbers * plan.parts * plan.rows // plan.batch, a.size,
+                       2 * b.step, plan.batch * out)
     return 3 * products + 2 * (kernel + source + result) + OVERHEAD
 
 

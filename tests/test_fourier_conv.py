@@ -1,5 +1,6 @@
 """The Fourier form of the plane convolution against the plain one."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,22 +15,25 @@ from dnd_jax.decoder import HyperConvDecoder, prepare
 from dnd_jax.fourier_plan import Plan
 
 CHANNELS, OUT = 6, 4
-# plane, k, which of the ways to cut each axis (the first is one tile), Karatsuba, chunks of output channels
+# plane, k, which of the ways to cut each axis (the first is one tile), Karatsuba, chunks of output channels, axes swapped
 CASES = {
-    "odd kernel, one tile": ((7, 9), 3, (0, 0), True, 1),
-    "even kernel, one tile": ((7, 9), 4, (0, 0), False, 1),
-    "odd kernel, partial tiles": ((11, 13), 5, (2, 1), True, 2),
-    "even kernel, partial tiles": ((11, 13), 6, (1, 2), False, 2),
-    "kernel longer than one axis": ((3, 20), 9, (0, 2), True, 1),
-    "even kernel longer than both axes": ((2, 3), 10, (0, 0), False, 2),
-    "tiles shorter than their overlap": ((12, 10), 7, (4, 3), True, 1),
-    "one position": ((1, 1), 5, (0, 0), True, 1),
+    "odd kernel, one tile": ((7, 9), 3, (0, 0), True, 1, False),
+    "even kernel, one tile": ((7, 9), 4, (0, 0), False, 1, False),
+    "odd kernel, partial tiles": ((11, 13), 5, (2, 1), True, 2, False),
+    "even kernel, partial tiles": ((11, 13), 6, (1, 2), False, 2, False),
+    "kernel longer than one axis": ((3, 20), 9, (0, 2), True, 1, False),
+    "even kernel longer than both axes": ((2, 3), 10, (0, 0), False, 2, False),
+    "tiles shorter than their overlap": ((12, 10), 7, (4, 3), True, 1, False),
+    "axes swapped, odd kernel": ((11, 13), 5, (2, 1), False, 1, True),
+    "axes swapped, even kernel, chunks": ((13, 4), 6, (0, 3), True, 2, True),
+    "one position": ((1, 1), 5, (0, 0), True, 1, False),
 }
 
 
-def make_plan(plane, k, cuts, karatsuba, chunks):
-    first, second = (fourier_plan.axes(size, k, even)[cut] for size, cut, even in zip(plane, cuts, (True, False), strict=True))
-    return Plan(2, first, second, karatsuba, chunks)
+def make_plan(plane, k, cuts, karatsuba, chunks, swapped):
+    sizes = plane[::-1] if swapped else plane
+    first, second = (fourier_plan.axes(size, k, even)[cut] for size, cut, even in zip(sizes, cuts, (True, False), strict=True))
+    return Plan(2, first, second, karatsuba, swapped, chunks)
 
 
 def operands(rng, plane, k, dtype=np.float32):
@@ -53,13 +57,13 @@ def exact(x, kernel):
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_plain_convolution(rng, case):
-    plane, k, cuts, karatsuba, chunks = CASES[case]
-    plan = make_plan(plane, k, cuts, karatsuba, chunks)
+    plane, k, *cuts = CASES[case]
+    plan = make_plan(plane, k, *cuts)
     x, kernel, g = operands(rng, plane, k)
 
     @jax.jit
     def both(x, kernel, g):
-        y, transposed = jax.vjp(lambda x, w: fourier_conv._fourier(x, w, plan), x, kernel)
+        y, transposed = jax.vjp(lambda x, w: fourier_conv._planned(x, w, (1, 2, 3), plan), x, kernel)
         y_0, transposed_0 = jax.vjp(lambda x, w: fourier_conv._direct(x, w, (1, 2, 3)), x, kernel)
         return (y, *transposed(g)), (y_0, *transposed_0(g))
 
@@ -70,13 +74,14 @@ def test_equals_the_plain_convolution(rng, case):
 
 
 def test_bfloat16_is_as_exact_as_the_plain_convolution(rng):
-    plane, k, cuts, _, chunks = CASES["odd kernel, partial tiles"]
+    plane, k, cuts, _, chunks, swapped = CASES["odd kernel, partial tiles"]
     x, kernel, g = operands(rng, plane, k, jnp.bfloat16)
     expected = exact(x, kernel)
     plain = relative(fourier_conv._direct(x, kernel, (1, 2, 3)), expected)
     for karatsuba in (False, True):
-        plan = make_plan(plane, k, cuts, karatsuba, chunks)
-        y, transposed = jax.jit(lambda x, w, plan=plan: jax.vjp(lambda x, w: fourier_conv._fourier(x, w, plan), x, w))(x, kernel)
+        plan = make_plan(plane, k, cuts, karatsuba, chunks, swapped)
+        convolve = functools.partial(fourier_conv._planned, axes=(1, 2, 3), plan=plan)
+        y, transposed = jax.jit(lambda x, w, convolve=convolve: jax.vjp(convolve, x, w))(x, kernel)
         assert y.dtype == jnp.bfloat16
         assert relative(y, expected) < max(3 * plain, 4e-3), karatsuba
         x32, kernel32, g32 = (a.astype(jnp.float32) for a in (x, kernel, g))
@@ -92,6 +97,8 @@ def test_form_follows_the_shapes():
     assert plan is not None and plan.second.tiles > 1 and plan.chunks == 1
     plan = fourier_plan.make_plan(1, 18, 514, 2048, 2464, 11)
     assert plan is not None and plan.chunks > 1 and 2464 % plan.chunks == 0
+    plan = fourier_plan.make_plan(1, 64, 16, 96, 64, 9)
+    assert plan is not None and plan.swapped and plan.first.tiles == 1
 
 
 def layer_of(features, k):
