@@ -5,8 +5,8 @@
 
 Needs the tenants' adapters, as `make demo` leaves them. Exports, trains and evaluates every variant under
 `build/tenants/conditions/<variant>/{store,run}`; one that has a report is left as it is, so delete its folder to redo it.
-A quarter of the demo's training steps, so that seven variants take minutes on 2 cores: compare them with each other, not with
-the demo. Forms with an answer need labels of the held-out task, which plain prompts don't. `conditions.ipynb` reads the reports.
+Each trains as long as the demo does: with a quarter of its steps no decoder has learned to tell tasks apart yet. Forms with an
+answer need labels of the held-out task, which plain prompts don't. `conditions.ipynb` reads the reports.
 """
 
 import pathlib
@@ -35,7 +35,6 @@ def vary(config: ml_collections.ConfigDict, variant: str) -> ml_collections.Conf
     changed = config.copy_and_resolve_references().unlock()
     changed.condition.update(VARIANTS[variant])
     changed.export.store = str(folder_of(config) / variant / "store")
-    changed.train.steps = config.train.steps // 4
     return changed.lock()
 
 
