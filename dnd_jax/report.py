@@ -145,9 +145,9 @@ def _per_task(result: dict[str, Any]) -> str:
     shown = ("in_task", "dnd", result["best_label_free"], "dnd_shuffled")
     tasks = list(result["rungs"]["dnd"]["per_task"])
     figure, axes = _figure(8, 0.34 * len(tasks) + 1)
-    for marker, name in zip("|oDx", shown, strict=True):
+    for marker, size, name in zip("|oDx", (14, 6, 10, 7), shown, strict=True):
         axes.plot([result["rungs"][name]["per_task"][t] for t in tasks], range(len(tasks)), marker, color=_color(name),
-                  label=name, ms=14 if marker == "|" else 7, mew=2)
+                  label=name, ms=size, mew=2, zorder=4 if name == "dnd" else 3)  # where two agree, both are to be seen
     axes.set_yticks(range(len(tasks)), tasks)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_xlim(-0.03, 1.03)

@@ -54,6 +54,7 @@ DECODERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 SLOW = ("layer", "k11")  # at batch 1 only
 TOO_SLOW = 2  # times as long in bf16 as in float32, of a convolution in PyTorch
+AT_LEAST = 3.0  # seconds that the timings of one row go on
 SHORT = 0.5  # seconds of a call below which spinning and sleeping threads matter
 TAPS = {"tenants": (5,), "k11": (11,)}
 
@@ -200,13 +201,16 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return median seconds of each, taken in turns, after a call to compile and one to get its memory.
+    """Return median seconds of each, taken in turns, after a call to compile and one to get its memory: of `repeats` timings, and
+    more where these take less than AT_LEAST together, for the first of a process can take three times as long as the others.
 
     A short call is timed right after one of its own, as in a loop: threads of others (PyTorch's) spin on for a while, and those
     of this one have gone to sleep.
     """
     times = {name: [seconds_of(call)] for name, call in calls.items()}
-    for _ in range(1 + repeats):
+    began, rounds = time.perf_counter(), 0
+    while rounds < 1 + repeats or time.perf_counter() - began < AT_LEAST:
+        rounds += 1
         for name, call in calls.items():
             if times[name][-1] < SHORT:
                 call()
@@ -227,7 +231,7 @@ def define_flags() -> None:
     flags.DEFINE_list("batch", ["1", "16"], "Batches to measure.")
     flags.DEFINE_list("cores", ["1", "2"], "Numbers of cores, each in a process of its own.")
     flags.DEFINE_bool("compile", True, "Whether PyTorch's settings include torch.compile.")
-    flags.DEFINE_integer("repeats", 5, "Timings that a median is of.")
+    flags.DEFINE_integer("repeats", 5, "Timings that a median is of, at least.")
     flags.DEFINE_string("json", None, "File to keep the rows in.")
     flags.DEFINE_string("rows", None, "Set by the command itself: the file that one number of cores writes its rows to.")
 
