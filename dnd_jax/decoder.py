@@ -131,7 +131,7 @@ class HyperConvLayer(nn.Module):
         """Convolve by the parameter `name`, or by its transform where `prepare` kept that."""
         axes = plane_axes(spec)
         if self.has_variable("spectra", name):
-            return plane_conv(x, self.get_variable("spectra", name), spec)
+            return plane_conv(x, self.get_variable("spectra", name), spec, self.mesh)
         channels, k = x.shape[axes[2]], self.kernel_size
         bound = (channels * k * k) ** -0.5  # PyTorch's default for convolutions
         kernel = self.param(name, _uniform(bound), (k, k, channels, out)).astype(self.dtype)
@@ -179,8 +179,9 @@ def plane_axes(spec: str) -> tuple[int, int, int]:
 def prepare(decoder: HyperConvDecoder, params: Params, batch: int = 1) -> dict[str, Any]:
     """Return the variables for `apply` to conditions of one batch size, kernels' transforms in place of the kernels.
 
-    For generation, where one set of parameters serves many conditions; there are no gradients. The transforms take several
-    times the memory of the kernels, `jax.eval_shape` tells how much. Where the direct convolution is cheaper, the kernel stays.
+    For generation, where one set of parameters serves many conditions; there are no gradients. On a mesh the batch is that of one
+    device. The transforms take several times the memory of the kernels, `jax.eval_shape` tells how much. Where the direct
+    convolution is cheaper, the kernel stays.
     """
     condition = jnp.zeros((batch, *decoder.condition_shape))
     spectra = decoder.apply({"params": params}, condition, mutable=["spectra"])[1].get("spectra", {})

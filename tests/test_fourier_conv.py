@@ -137,7 +137,7 @@ def test_prepared_kernels_of_another_batch_are_refused():
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from dnd_jax import sharding
-from dnd_jax.decoder import HyperConvDecoder
+from dnd_jax.decoder import HyperConvDecoder, prepare
 
 decoder = HyperConvDecoder(((16, 12, 24), (20, 10, 16)), 9)
 x = jax.random.normal(jax.random.key(1), (8, 16, 12, 24))
@@ -163,6 +163,11 @@ for shape in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
 # a batch that the devices don't divide, beside parameters in parts
 alone = jax.jit(decoder.clone(mesh=mesh).apply)({"params": arguments[0]}, x[:3])
 assert np.abs(np.asarray(alone) - np.asarray(jax.jit(decoder.apply)({"params": params}, x[:3]))).max() < 1e-5
+# kernels' transforms kept, for the one example of each device
+mesh = sharding.make_mesh({"data": 8})
+kept = jax.device_put(jax.jit(lambda p: prepare(decoder, p, batch=1))(params), sharding.replicated(mesh))
+tokens = jax.jit(decoder.clone(mesh=mesh).apply)(kept, jax.device_put(x, sharding.over_batch(mesh, 8)))
+assert np.abs(np.asarray(tokens) - np.asarray(jax.jit(decoder.apply)({"params": params}, x))).max() < 1e-5
 print("ok")
 """
 
