@@ -56,7 +56,7 @@ DECODERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 SLOW = ("layer", "k11")  # at batch 1 only
 TOO_SLOW = 2  # times as long in bf16 as in float32, of a convolution in PyTorch
 AT_LEAST = 3.0  # seconds that the timings of one row go on
-SHORT = 0.5  # seconds of a call below which spinning and sleeping threads matter
+SHORT = 2.0  # seconds of a call below which spinning and sleeping threads matter
 TAPS = {"tenants": (5,), "k11": (11,)}
 
 
