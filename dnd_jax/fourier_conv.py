@@ -19,6 +19,7 @@ output channels where its spectrum takes much memory.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from dnd_jax.fourier_plan import Plan, make_plan
 from dnd_jax.types import Block
 
 Kernel = Float[Array, "k k I O"]
+FEW = 100  # rows of X up to which it pays to transpose it for the kernel's gradient: XLA's products on CPU do that slowly
 
 
 @jax.tree_util.register_dataclass
@@ -62,13 +64,15 @@ def convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], me
     """
     if mesh is None or mesh.size == 1:
         return _convolve(x, kernel, axes)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = ("data", "fsdp") if x.shape[0] % parts == 0 else None
-    tensor = "tensor" if isinstance(kernel, jax.Array) and kernel.shape[-1] % mesh.shape["tensor"] == 0 else None
-    of_kernel = PartitionSpec(None, None, None, tensor) if tensor else PartitionSpec()
-    out = PartitionSpec(batch, *("tensor" if tensor and axis == axes[2] else None for axis in (1, 2, 3)))
-    return jax.shard_map(functools.partial(_convolve, axes=axes), mesh=mesh, out_specs=out, check_vma=False,
-                         in_specs=(PartitionSpec(batch), of_kernel))(x, kernel)
+    split = {axis for axis, size in mesh.shape.items() if size > 1}  # gradients would be summed over others, too
+    batch = tuple(axis for axis in ("data", "fsdp") if axis in split)
+    if x.shape[0] % math.prod(mesh.shape[axis] for axis in batch):
+        batch = ()
+    tensor = "tensor" in split and isinstance(kernel, jax.Array) and kernel.shape[-1] % mesh.shape["tensor"] == 0
+    of_kernel = PartitionSpec(None, None, None, "tensor") if tensor else PartitionSpec()
+    out = PartitionSpec(batch or None, *("tensor" if tensor and axis == axes[2] else None for axis in (1, 2, 3)))
+    return jax.shard_map(functools.partial(_convolve, axes=axes), mesh=mesh, axis_names=split, out_specs=out, check_vma=False,
+                         in_specs=(PartitionSpec(batch or None), of_kernel))(x, kernel)
 
 
 def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | None:
@@ -137,6 +141,9 @@ def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tupl
     """Return the gradients. Spectra are larger than what they are of, so none is saved; XLA may find that it has one already."""
     x, kernel = saved
     spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan), x)
+    turned = spectrum.swapaxes(1, 2)
+    if spectrum.shape[1] <= FEW:
+        turned = jax.lax.optimization_barrier(turned)
 
     def part(d_spectrum: jax.Array, of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         w, kernel_transposed = jax.vjp(lambda w: _kernel(w, plan), of[0])
@@ -144,7 +151,7 @@ def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tupl
         (d_y,) = jax.vjp(lambda y: _output(y, plan, x), y)[1](of[1])
         d_y = [part.astype(x.dtype) for part in d_y]
         d_spectrum += sum(_product("fro,fko->frk", *both) for both in zip(d_y, w, strict=True))
-        d_w = [_product("frk,fro->fko", spectrum, part).astype(kernel.dtype) for part in d_y]
+        d_w = [_product("fkr,fro->fko", turned, part).astype(kernel.dtype) for part in d_y]
         return d_spectrum, kernel_transposed(d_w)[0]
 
     chunks = (_chunked(kernel, plan.chunks), _chunked(g, plan.chunks))

@@ -160,6 +160,7 @@ for shape in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
         text = compiled.as_text()
         assert "all-gather" not in text, "activations are gathered"
         assert "f32[8,16,12,24]" not in text, "the whole batch lies on one device"
+        assert "={{0},{1}," not in text, "a gradient is summed over an axis of one device"
 # a batch that the devices don't divide, beside parameters in parts
 alone = jax.jit(decoder.clone(mesh=mesh).apply)({"params": arguments[0]}, x[:3])
 assert np.abs(np.asarray(alone) - np.asarray(jax.jit(decoder.apply)({"params": params}, x[:3]))).max() < 1e-5
