@@ -42,10 +42,10 @@ from dnd_jax.types import InputError
 from experiments.benchmarks import accelerator
 from experiments.configs import tenants
 
-# Pages of large temporaries are kept and are huge, and threads share two arenas, for two cores: more give theirs back to the
-# system when empty, of one the lock is waited for. Without this, faults dominate XLA on CPU, and cost PyTorch too.
+# Pages of large temporaries are kept and are huge, and all threads have one arena, as those of others give theirs back to the
+# system when empty: without this, faults dominate XLA on CPU, and cost PyTorch too.
 ALLOCATOR = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=200000000000:"
-             "glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=2")
+             "glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=1")
 DECODERS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "tenants": ((14, 14, 48), *tenants.get_config().decoder.blocks, (30, 4, 66)),
     "small": ((16, 64, 96), (16, 48, 64), (64, 32, 48), (128, 16, 48), (256, 10, 34)),
