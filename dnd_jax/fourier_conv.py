@@ -64,7 +64,7 @@ def convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], me
     """
     if mesh is None or mesh.size == 1:
         return _convolve(x, kernel, axes)
-    split = {axis for axis, size in mesh.shape.items() if size > 1}  # gradients would be summed over others, too
+    split = {axis for axis, size in mesh.shape.items() if size > 1}  # over axes of one device gradients are summed, too
     batch = tuple(axis for axis in ("data", "fsdp") if axis in split)
     if x.shape[0] % math.prod(mesh.shape[axis] for axis in batch):
         batch = ()
