@@ -130,7 +130,8 @@ def _fourier(x: Float[Array, "B S1 S2 C"], kernel: Kernel | Spectrum, plan: Plan
 
     if isinstance(kernel, Spectrum):
         return part(kernel.values)
-    return _joined(jax.lax.map(lambda w: part(_kernel(w, plan)), _chunked(kernel, plan.chunks)))
+    zero = _late_zero(x)
+    return _joined(jax.lax.map(lambda w: part(_kernel(w, plan, zero)), _chunked(kernel, plan.chunks)))
 
 
 def _forward(x: jax.Array, kernel: Kernel, plan: Plan) -> tuple[jax.Array, tuple[jax.Array, Kernel]]:
@@ -140,13 +141,14 @@ def _forward(x: jax.Array, kernel: Kernel, plan: Plan) -> tuple[jax.Array, tuple
 def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients. Spectra are larger than what they are of, so none is saved; XLA may find that it has one already."""
     x, kernel = saved
+    zero = _late_zero(x)
     spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan), x)
     turned = spectrum.swapaxes(1, 2)
     if spectrum.shape[1] <= FEW:
         turned = jax.lax.optimization_barrier(turned)
 
     def part(d_spectrum: jax.Array, of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        w, kernel_transposed = jax.vjp(lambda w: _kernel(w, plan), of[0])
+        w, kernel_transposed = jax.vjp(lambda w: _kernel(w, plan, zero), of[0])
         y = [jnp.zeros((*spectrum.shape[:2], part.shape[-1])) for part in w]
         (d_y,) = jax.vjp(lambda y: _output(y, plan, x), y)[1](of[1])
         d_y = [part.astype(x.dtype) for part in d_y]
@@ -171,12 +173,22 @@ def _joined(chunks: jax.Array) -> jax.Array:
     return jnp.moveaxis(chunks, 0, -2).reshape(*chunks.shape[1:-1], -1)
 
 
-def _linear(matrix: np.ndarray, x: jax.Array) -> jax.Array:
-    """Return a constant matrix times x, `[..., M, K]` times `[..., K, N]`; the gradient has a constant of its own, since XLA's
-    products on CPU are slow where the left side is to be transposed."""
+def _late_zero(x: jax.Array) -> jax.Array:
+    """Return a zero that XLA doesn't know before x: what it is added to waits for x.
+
+    A kernel's transform needs only parameters. XLA on CPU therefore began with the transforms of all kernels of a decoder, which
+    then were in memory together, and in no cache when they were used.
+    """
+    first = x[0, 0, 0, 0]
+    return (jnp.isnan(first) & jnp.isinf(first)).astype(jnp.float32)
+
+
+def _linear(matrix: np.ndarray, x: jax.Array, zero: jax.Array | float = 0.0) -> jax.Array:
+    """Return a constant matrix (with a zero added) times x, `[..., M, K]` times `[..., K, N]`; the gradient has a constant of its
+    own, since XLA's products on CPU are slow where the left side is to be transposed."""
     transposed = np.ascontiguousarray(matrix.swapaxes(-1, -2))
-    multiply = jax.custom_vjp(lambda x: jnp.matmul(matrix, x))
-    multiply.defvjp(lambda x: (jnp.matmul(matrix, x), None), lambda _, g: (jnp.matmul(transposed, g),))
+    multiply = jax.custom_vjp(lambda x: jnp.matmul(matrix + zero, x))
+    multiply.defvjp(lambda x: (jnp.matmul(matrix + zero, x), None), lambda _, g: (jnp.matmul(transposed, g),))
     return multiply(x)
 
 
@@ -196,12 +208,13 @@ def _input(x: jax.Array, plan: Plan) -> jax.Array:
     return _linear(m.input_2, tiles).astype(x.dtype).reshape(-1, plan.parts * plan.rows, channels)
 
 
-def _kernel(kernel: Kernel, plan: Plan) -> list[jax.Array]:
-    """Return the spectra `[F, I, O]` of a kernel, of its dtype; taps that never meet the plane are left out."""
+def _kernel(kernel: Kernel, plan: Plan, zero: jax.Array | float = 0.0) -> list[jax.Array]:
+    """Return the spectra `[F, I, O]` of a kernel, of its dtype; taps that never meet the plane are left out. A `_late_zero` says
+    when."""
     a, b, m = plan.first, plan.second, matrices(plan)
     low = (kernel.shape[0] - 1) // 2
     taps = kernel[low - a.low:low + a.high + 1, low - b.low:low + b.high + 1].astype(jnp.float32)
-    half = _linear(m.kernel_1, taps.reshape(a.taps, -1)).reshape(plan.half, 2 * b.taps, -1)
+    half = _linear(m.kernel_1, taps.reshape(a.taps, -1), zero).reshape(plan.half, 2 * b.taps, -1)
     return [_linear(matrix, half).astype(kernel.dtype).reshape(-1, *kernel.shape[2:]) for matrix in m.kernel_2]
 
 

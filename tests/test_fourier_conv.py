@@ -101,6 +101,28 @@ def test_form_follows_the_shapes():
     assert plan is not None and plan.swapped and plan.first.tiles == 1
 
 
+def test_few_kernels_transforms_are_in_memory_together(rng):
+    """XLA's scheduler would transform all kernels first, if it could: eight of them would be there."""
+    x, kernels = jnp.zeros((1, 12, 12, 32)), [jnp.asarray(rng.normal(size=(9, 9, 32, 32)), jnp.float32)] * 8
+
+    def chain(x, kernels):
+        for kernel in kernels:
+            x = jnp.tanh(fourier_conv.convolve(x, kernel, (1, 2, 3)))
+        return x
+
+    spectrum = jax.eval_shape(lambda w: fourier_conv.prepare(w, x, (1, 2, 3)), kernels[0])
+    size = sum(array.size * array.dtype.itemsize for array in spectrum.values)
+    assert jax.jit(chain).lower(x, kernels).compile().memory_analysis().temp_size_in_bytes < 4 * size
+
+
+def test_an_example_that_is_not_finite_spoils_no_other(rng):
+    x, kernel, _ = operands(rng, (12, 16), 9)
+    expected = fourier_conv.convolve(x, kernel, (1, 2, 3))
+    for bad in (np.nan, np.inf):
+        y = fourier_conv.convolve(x.at[0].set(bad), kernel, (1, 2, 3))
+        assert not np.isfinite(y[0]).any() and relative(y[1], expected[1]) < 1e-6
+
+
 def layer_of(features, k):
     decoder = HyperConvDecoder(features, k)
     x = jax.random.normal(jax.random.key(1), (2, *features[0]))
