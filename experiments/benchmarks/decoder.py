@@ -58,6 +58,7 @@ SLOW = ("layer", "k11")  # at batch 1 only
 TOO_SLOW = 2  # times as long in bf16 as in float32, of a convolution in PyTorch
 AT_LEAST = 5.0  # seconds that the timings of one row go on
 SHORT = 2.0  # seconds of a call below which spinning and sleeping threads matter
+WARM = 0.05  # seconds of own calls before such a call is timed
 TAPS = {"tenants": (5,), "k11": (11,)}
 
 
@@ -208,16 +209,19 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     """Return median seconds of each, taken in turns, after a call to compile and one to get its memory: of `repeats` timings, and
     more where these take less than AT_LEAST together, for the first of a process can take three times as long as the others.
 
-    A short call is timed right after one of its own, as in a loop: threads of others (PyTorch's) spin on for a while, and those
-    of this one have gone to sleep.
+    A short call is timed right after others of its own, as in a loop: threads of others (PyTorch's) spin on for a while, those
+    of this one have gone to sleep, and the caches are theirs.
     """
     times = {name: [seconds_of(call)] for name, call in calls.items()}
     began, rounds = time.perf_counter(), 0
     while rounds < 1 + repeats or time.perf_counter() - began < AT_LEAST:
         rounds += 1
         for name, call in calls.items():
-            if times[name][-1] < SHORT:
+            warm = time.perf_counter() + WARM
+            while times[name][-1] < SHORT:
                 call()
+                if time.perf_counter() > warm:
+                    break
             times[name].append(seconds_of(call))
     return {name: float(np.median(t[2:])) for name, t in times.items()}
 
