@@ -217,11 +217,11 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     while rounds < 1 + repeats or time.perf_counter() - began < AT_LEAST:
         rounds += 1
         for name, call in calls.items():
-            warm = time.perf_counter() + WARM
-            while times[name][-1] < SHORT:
+            if times[name][-1] < SHORT:
+                warm = time.perf_counter() + WARM
                 call()
-                if time.perf_counter() > warm:
-                    break
+                while time.perf_counter() < warm:
+                    call()
             times[name].append(seconds_of(call))
     return {name: float(np.median(t[2:])) for name, t in times.items()}
 
