@@ -14,7 +14,7 @@ from dnd_jax.fourier_plan import Axis, Plan
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """Between rows t1 s2 of half a transform, of the plane's second axis, and n2 t2 t1 or m2 t2 t1, of its tiles."""
+    """Between rows of the plane's second axis and n2 t2 or m2 t2, of its tiles."""
 
     cut: Callable[[jax.Array], jax.Array]
     join: Callable[[jax.Array], jax.Array]
@@ -22,17 +22,16 @@ class Moves:
 
 @functools.lru_cache
 def moves(plan: Plan) -> Moves:
-    """Return the moves of a plan: `cut` from `[_, t1 S2, _]` to `[_, n2 t2 t1, _]`, `join` from `[_, m2 t2 t1, _]` back."""
-    a, b = plan.first, plan.second
+    """Return the moves of a plan: `cut` from `[_, S2, _]` to `[_, n2 t2, _]`, `join` from `[_, m2 t2, _]` back."""
+    axis = plan.second
 
     def positions(length: int, low: int) -> np.ndarray:
-        second = np.arange(b.tiles)[:, None] * b.step + np.arange(length)[:, None, None] - low
-        inside = (second >= 0) & (second < b.size)
-        return np.where(inside, np.arange(a.tiles) * b.size + second, a.tiles * b.size).ravel()
+        places = np.arange(axis.tiles) * axis.step + np.arange(length)[:, None] - low
+        return np.where((places >= 0) & (places < axis.size), places, axis.size).ravel()
 
-    cut, join = positions(b.rows, b.low if b.tiles > 1 else 0), positions(b.step, 0)
-    (back,) = _inverse(join, a.tiles * b.size)
-    return Moves(_mover(cut, _inverse(cut, a.tiles * b.size)), _mover(back, [join]))
+    cut, join = positions(axis.rows, axis.low if axis.tiles > 1 else 0), positions(axis.step, 0)
+    (back,) = _inverse(join, axis.size)
+    return Moves(_mover(cut, _inverse(cut, axis.size)), _mover(back, [join]))
 
 
 def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:

@@ -96,8 +96,10 @@ def _convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int]) -
 
 
 def _planned(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], plan: Plan) -> Block:
-    order = (0, axes[1], axes[0], axes[2]) if plan.swapped else (0, *axes)
-    y = _fourier(x.transpose(order), kernel if isinstance(kernel, Spectrum) else _ordered(kernel, plan), plan)
+    first = axes[plan.swapped]
+    order = (first, *(axis for axis in range(4) if axis != first))
+    channels = order.index(axes[2])
+    y = _fourier(x.transpose(order), kernel if isinstance(kernel, Spectrum) else _ordered(kernel, plan), plan, channels)
     return y.transpose(np.argsort(order))
 
 
@@ -108,7 +110,8 @@ def _ordered(kernel: Kernel, plan: Plan) -> Kernel:
 
 def _plan(x: Any, kernel: Kernel, axes: tuple[int, int, int]) -> Plan | None:
     batch, (size_1, size_2) = x.shape[0], (x.shape[axis] for axis in axes[:2])
-    return make_plan(batch, size_1, size_2, *kernel.shape[2:], kernel.shape[0])
+    orders = tuple(swapped for swapped in (False, True) if axes[swapped] != 3)
+    return make_plan(batch, size_1, size_2, *kernel.shape[2:], kernel.shape[0], orders)
 
 
 def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
@@ -118,31 +121,31 @@ def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), (padding, padding), dimension_numbers=(letters, "HWIO", letters))
 
 
-# --- the bilinear form, channels last --------------------------------------------------------------------------------
+# --- the bilinear form, of a block with the plan's first axis first, then the batch -------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _fourier(x: Float[Array, "B S1 S2 C"], kernel: Kernel | Spectrum, plan: Plan) -> Float[Array, "B S1 S2 O"]:
-    spectrum = _input(x, plan)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _fourier(x: Float[Array, "S1 B _ _"], kernel: Kernel | Spectrum, plan: Plan, channels: int) -> Float[Array, "S1 B _ _"]:
+    spectrum = _input(x, plan, channels)
 
     def part(w: list[jax.Array]) -> jax.Array:
-        return _output([_product("frk,fko->fro", spectrum, part) for part in w], plan, x)
+        return _output([_product("frk,fko->fro", spectrum, part) for part in w], plan, channels, x.dtype)
 
     if isinstance(kernel, Spectrum):
         return part(kernel.values)
     zero = _late_zero(x)
-    return _joined(jax.lax.map(lambda w: part(_kernel(w, plan, zero)), _chunked(kernel, plan.chunks)))
+    return _joined(jax.lax.map(lambda w: part(_kernel(w, plan, zero)), _chunked(kernel, plan.chunks)), channels)
 
 
-def _forward(x: jax.Array, kernel: Kernel, plan: Plan) -> tuple[jax.Array, tuple[jax.Array, Kernel]]:
-    return _fourier(x, kernel, plan), (x, kernel)
+def _forward(x: jax.Array, kernel: Kernel, plan: Plan, channels: int) -> tuple[jax.Array, tuple[jax.Array, Kernel]]:
+    return _fourier(x, kernel, plan, channels), (x, kernel)
 
 
-def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(plan: Plan, channels: int, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the gradients. Spectra are larger than what they are of, so none is saved; XLA may find that it has one already."""
     x, kernel = saved
     zero = _late_zero(x)
-    spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan), x)
+    spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan, channels), x)
     turned = spectrum.swapaxes(1, 2)
     if spectrum.shape[1] <= FEW:
         turned = jax.lax.optimization_barrier(turned)
@@ -150,13 +153,13 @@ def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tupl
     def part(d_spectrum: jax.Array, of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         w, kernel_transposed = jax.vjp(lambda w: _kernel(w, plan, zero), of[0])
         y = [jnp.zeros((*spectrum.shape[:2], part.shape[-1])) for part in w]
-        (d_y,) = jax.vjp(lambda y: _output(y, plan, x), y)[1](of[1])
+        (d_y,) = jax.vjp(lambda y: _output(y, plan, channels, x.dtype), y)[1](of[1])
         d_y = [part.astype(x.dtype) for part in d_y]
         d_spectrum += sum(_product("fro,fko->frk", *both) for both in zip(d_y, w, strict=True))
         d_w = [_product("fkr,fro->fko", turned, part).astype(kernel.dtype) for part in d_y]
         return d_spectrum, kernel_transposed(d_w)[0]
 
-    chunks = (_chunked(kernel, plan.chunks), _chunked(g, plan.chunks))
+    chunks = (_chunked(kernel, plan.chunks), _chunked(g, plan.chunks, channels))
     d_spectrum, d_kernel = jax.lax.scan(part, jnp.zeros(spectrum.shape), chunks)
     return input_transposed(d_spectrum.astype(spectrum.dtype))[0], _joined(d_kernel)
 
@@ -164,13 +167,16 @@ def _backward(plan: Plan, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tupl
 _fourier.defvjp(_forward, _backward)
 
 
-def _chunked(a: jax.Array, chunks: int) -> jax.Array:
-    """Return an array's last axis in chunks, `[chunks, ..., O / chunks]`."""
-    return jnp.moveaxis(a.reshape(*a.shape[:-1], chunks, -1), -2, 0)
+def _chunked(a: jax.Array, chunks: int, axis: int = -1) -> jax.Array:
+    """Return an array with one of its axes in chunks, `[chunks, ...]`."""
+    axis %= a.ndim
+    return jnp.moveaxis(a.reshape(*a.shape[:axis], chunks, -1, *a.shape[axis + 1:]), axis, 0)
 
 
-def _joined(chunks: jax.Array) -> jax.Array:
-    return jnp.moveaxis(chunks, 0, -2).reshape(*chunks.shape[1:-1], -1)
+def _joined(chunks: jax.Array, axis: int = -1) -> jax.Array:
+    axis %= chunks.ndim - 1
+    a = jnp.moveaxis(chunks, 0, axis)
+    return a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2:])
 
 
 def _late_zero(x: jax.Array) -> jax.Array:
@@ -199,13 +205,14 @@ def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
 # --- transforms ------------------------------------------------------------------------------------------------------
 
 
-def _input(x: jax.Array, plan: Plan) -> jax.Array:
+def _input(x: jax.Array, plan: Plan, channels: int) -> jax.Array:
     """Return the spectra of all tiles, `[F, P R, C]`, of x's dtype."""
-    channels, m = x.shape[-1], matrices(plan)
-    plane = x.astype(jnp.float32).transpose(1, 2, 0, 3).reshape(plan.first.size, -1)
-    half = _linear(m.input_1, plane).reshape(2 * plan.half, -1, plan.batch * channels)  # f1 p, t1 s2, B C
-    tiles = moves(plan).cut(half).reshape(plan.half, 2 * plan.second.rows, -1)  # f1, p n2, t2 t1 B C
-    return _linear(m.input_2, tiles).astype(x.dtype).reshape(-1, plan.parts * plan.rows, channels)
+    m, second = matrices(plan), 5 - channels
+    half = _linear(m.input_1, x.astype(jnp.float32).reshape(plan.first.size, -1))
+    half = half.reshape(2 * plan.half, plan.first.tiles, *x.shape[1:])  # f1 p, t1, B, S2 and C
+    rows = half.transpose(0, second + 1, 1, 2, channels + 1).reshape(2 * plan.half, plan.second.size, -1)
+    tiles = moves(plan).cut(rows).reshape(plan.half, 2 * plan.second.rows, -1)  # f1, p n2, t2 t1 B C
+    return _linear(m.input_2, tiles).astype(x.dtype).reshape(-1, plan.parts * plan.rows, x.shape[channels])
 
 
 def _kernel(kernel: Kernel, plan: Plan, zero: jax.Array | float = 0.0) -> list[jax.Array]:
@@ -218,11 +225,13 @@ def _kernel(kernel: Kernel, plan: Plan, zero: jax.Array | float = 0.0) -> list[j
     return [_linear(matrix, half).astype(kernel.dtype).reshape(-1, *kernel.shape[2:]) for matrix in m.kernel_2]
 
 
-def _output(products: list[jax.Array], plan: Plan, like: Any) -> jax.Array:
-    """Return the plane `[B, S1, S2, O]` of products `[F, P R, O]`, of a dtype like another's."""
-    m, out = matrices(plan), products[0].shape[-1]
-    halves = [_linear(matrix, y.reshape(plan.half, -1, plan.rows * out)) for matrix, y in zip(m.output_2, products, strict=True)]
-    half = functools.reduce(jnp.add, halves)
-    tiles = moves(plan).join(half.reshape(2 * plan.half, -1, plan.batch * out))  # f1 p, t1 s2, B O
-    plane = _linear(m.output_1, tiles.reshape(2 * plan.half * plan.first.tiles, -1))
-    return plane.reshape(plan.first.size, plan.second.size, plan.batch, out).transpose(2, 0, 1, 3).astype(like.dtype)
+def _output(products: list[jax.Array], plan: Plan, channels: int, dtype: jnp.dtype) -> jax.Array:
+    """Return the plane, S1 and B first, of products `[F, P R, O]`."""
+    m, a, b, out = matrices(plan), plan.first, plan.second, products[0].shape[-1]
+    tiles = [_linear(matrix, y.reshape(plan.half, -1, plan.rows * out)) for matrix, y in zip(m.output_2, products, strict=True)]
+    half = functools.reduce(jnp.add, tiles).reshape(2 * plan.half, b.step, b.tiles, a.tiles, plan.batch, out)
+    half = half.transpose((0, 3, 4, 2, 1, 5) if channels == 3 else (0, 3, 4, 5, 2, 1))  # f1 p, t1, B, t2 m2 and O
+    plane = _linear(m.output_1, half.reshape(2 * plan.half * a.tiles, -1))
+    shape = (a.size, plan.batch, b.tiles * b.step, out)
+    plane = plane.reshape(shape if channels == 3 else shape[:2] + shape[:1:-1])
+    return jax.lax.slice_in_dim(plane, 0, b.size, axis=5 - channels).astype(dtype)

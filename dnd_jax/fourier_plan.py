@@ -75,14 +75,16 @@ def axes(size: int, taps: int, even: bool = False) -> list[Axis]:
 
 
 @functools.lru_cache(maxsize=1024)
-def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, taps: int) -> Plan | None:
-    """Return the cheapest Fourier form of a convolution, or None where the direct one is cheaper."""
+def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, taps: int,
+              orders: tuple[bool, ...] = (False, True)) -> Plan | None:
+    """Return the cheapest Fourier form of a convolution, with the axes swapped or not, or None where the direct one is cheaper."""
     best, best_cost = None, 3 * 2 * batch * size_1 * size_2 * taps**2 * (channels * out + HALF_DIRECT) / DIRECT_FLOPS
-    for swapped, (size_a, size_b) in enumerate([(size_1, size_2), (size_2, size_1)]):
+    for swapped in orders:
+        size_a, size_b = (size_2, size_1) if swapped else (size_1, size_2)
         for first in axes(size_a, taps, even=True):
             for second in axes(size_b, taps):
                 for karatsuba in (False, True):
-                    plan = Plan(batch, first, second, karatsuba, bool(swapped))
+                    plan = Plan(batch, first, second, karatsuba, swapped)
                     if (cost := _cost(plan, channels, out)) < best_cost:
                         best, best_cost = plan, cost
     return best and _chunk(best, channels, out)
