@@ -97,7 +97,7 @@ def _convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int]) -
 
 def _planned(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], plan: Plan) -> Block:
     first = axes[plan.swapped]
-    order = (first, *(axis for axis in range(4) if axis != first))
+    order = (0, first, *(axis for axis in (1, 2, 3) if axis != first))
     channels = order.index(axes[2])
     y = _fourier(x.transpose(order), kernel if isinstance(kernel, Spectrum) else _ordered(kernel, plan), plan, channels)
     return y.transpose(np.argsort(order))
@@ -125,7 +125,7 @@ def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _fourier(x: Float[Array, "S1 B _ _"], kernel: Kernel | Spectrum, plan: Plan, channels: int) -> Float[Array, "S1 B _ _"]:
+def _fourier(x: Float[Array, "B S1 _ _"], kernel: Kernel | Spectrum, plan: Plan, channels: int) -> Float[Array, "B S1 _ _"]:
     spectrum = _input(x, plan, channels)
 
     def part(w: list[jax.Array]) -> jax.Array:
@@ -193,8 +193,12 @@ def _linear(matrix: np.ndarray, x: jax.Array, zero: jax.Array | float = 0.0) -> 
     """Return a constant matrix (with a zero added) times x, `[..., M, K]` times `[..., K, N]`; the gradient has a constant of its
     own, since XLA's products on CPU are slow where the left side is to be transposed."""
     transposed = np.ascontiguousarray(matrix.swapaxes(-1, -2))
-    multiply = jax.custom_vjp(lambda x: jnp.matmul(matrix + zero, x))
-    multiply.defvjp(lambda x: (jnp.matmul(matrix + zero, x), None), lambda _, g: (jnp.matmul(transposed, g),))
+
+    def times(matrix: jax.Array | np.ndarray, x: jax.Array) -> jax.Array:
+        return jnp.matmul(jnp.broadcast_to(matrix, x.shape[:-2] + matrix.shape[-2:]), x)
+
+    multiply = jax.custom_vjp(lambda x: times(matrix + zero, x))
+    multiply.defvjp(lambda x: (times(matrix + zero, x), None), lambda _, g: (times(transposed, g),))
     return multiply(x)
 
 
@@ -208,9 +212,9 @@ def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _input(x: jax.Array, plan: Plan, channels: int) -> jax.Array:
     """Return the spectra of all tiles, `[F, P R, C]`, of x's dtype."""
     m, second = matrices(plan), 5 - channels
-    half = _linear(m.input_1, x.astype(jnp.float32).reshape(plan.first.size, -1))
-    half = half.reshape(2 * plan.half, plan.first.tiles, *x.shape[1:])  # f1 p, t1, B, S2 and C
-    rows = half.transpose(0, second + 1, 1, 2, channels + 1).reshape(2 * plan.half, plan.second.size, -1)
+    half = _linear(m.input_1, x.astype(jnp.float32).reshape(plan.batch, plan.first.size, -1))
+    half = half.reshape(plan.batch, 2 * plan.half, plan.first.tiles, *x.shape[2:])  # B, f1 p, t1, S2 and C
+    rows = half.transpose(1, second + 1, 2, 0, channels + 1).reshape(2 * plan.half, plan.second.size, -1)
     tiles = moves(plan).cut(rows).reshape(plan.half, 2 * plan.second.rows, -1)  # f1, p n2, t2 t1 B C
     return _linear(m.input_2, tiles).astype(x.dtype).reshape(-1, plan.parts * plan.rows, x.shape[channels])
 
@@ -230,8 +234,8 @@ def _output(products: list[jax.Array], plan: Plan, channels: int, dtype: jnp.dty
     m, a, b, out = matrices(plan), plan.first, plan.second, products[0].shape[-1]
     tiles = [_linear(matrix, y.reshape(plan.half, -1, plan.rows * out)) for matrix, y in zip(m.output_2, products, strict=True)]
     half = functools.reduce(jnp.add, tiles).reshape(2 * plan.half, b.step, b.tiles, a.tiles, plan.batch, out)
-    half = half.transpose((0, 3, 4, 2, 1, 5) if channels == 3 else (0, 3, 4, 5, 2, 1))  # f1 p, t1, B, t2 m2 and O
-    plane = _linear(m.output_1, half.reshape(2 * plan.half * a.tiles, -1))
-    shape = (a.size, plan.batch, b.tiles * b.step, out)
+    half = half.transpose((4, 0, 3, 2, 1, 5) if channels == 3 else (4, 0, 3, 5, 2, 1))  # B, f1 p, t1, t2 m2 and O
+    plane = _linear(m.output_1, half.reshape(plan.batch, 2 * plan.half * a.tiles, -1))
+    shape = (plan.batch, a.size, b.tiles * b.step, out)
     plane = plane.reshape(shape if channels == 3 else shape[:2] + shape[:1:-1])
     return jax.lax.slice_in_dim(plane, 0, b.size, axis=5 - channels).astype(dtype)
