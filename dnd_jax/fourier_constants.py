@@ -1,4 +1,4 @@
-"""Constants of a Fourier form: the index maps between a plane and its tiles, and the real matrices of the complex transforms."""
+"""Constants of a Fourier form: which rows tiles take, and the real matrices of the complex transforms."""
 
 import dataclasses
 import functools
@@ -12,26 +12,13 @@ import numpy as np
 from dnd_jax.fourier_plan import Axis, Plan
 
 
-@dataclasses.dataclass(frozen=True)
-class Moves:
-    """Between rows of the plane's second axis and n2 t2 or m2 t2, of its tiles."""
-
-    cut: Callable[[jax.Array], jax.Array]
-    join: Callable[[jax.Array], jax.Array]
-
-
 @functools.lru_cache
-def moves(plan: Plan) -> Moves:
-    """Return the moves of a plan: `cut` from `[_, S2, _]` to `[_, n2 t2, _]`, `join` from `[_, m2 t2, _]` back."""
-    axis = plan.second
-
-    def positions(length: int, low: int) -> np.ndarray:
-        places = np.arange(axis.tiles) * axis.step + np.arange(length)[:, None] - low
-        return np.where((places >= 0) & (places < axis.size), places, axis.size).ravel()
-
-    cut, join = positions(axis.rows, axis.low if axis.tiles > 1 else 0), positions(axis.step, 0)
-    (back,) = _inverse(join, axis.size)
-    return Moves(_mover(cut, _inverse(cut, axis.size)), _mover(back, [join]))
+def cutter(axis: Axis) -> Callable[[jax.Array], jax.Array]:
+    """Return what cuts rows of a plane's second axis into tiles, `[_, S2, _]` to `[_, n2 t2, _]`."""
+    low = axis.low if axis.tiles > 1 else 0
+    places = np.arange(axis.tiles) * axis.step + np.arange(axis.rows)[:, None] - low
+    index = np.where((places >= 0) & (places < axis.size), places, axis.size).ravel()
+    return _mover(index, _inverse(index, axis.size))
 
 
 def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:

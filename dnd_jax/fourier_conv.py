@@ -10,11 +10,11 @@ is what costs). The signs and sums of either are part of the matrices, as is the
     X = input_2 cut(input_1 x)              [F, P R, C]
     W = kernel_2 (kernel_1 w)               [F, C, O], one array, or one for each part
     Y = X W                                 [F, P R, O]
-    y = output_1 join(output_2 Y), summed over the arrays
+    y = output_1 (output_2 Y), summed over the arrays
 
 F frequencies (three for each where Karatsuba's), R rows: the tiles of all examples, P = 1, or 2 for the real and the imaginary
-part. The channels stay last, so that nothing is transposed between the products. A kernel goes through this in chunks of its
-output channels where its spectrum takes much memory.
+part. The channels come last around the product Y; a block is transposed twice, where it is cut and before output_1. A kernel goes
+through this in chunks of its output channels where its spectrum takes much memory.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from dnd_jax.fourier_constants import matrices, moves
+from dnd_jax.fourier_constants import cutter, matrices
 from dnd_jax.fourier_plan import Plan, make_plan
 from dnd_jax.types import Block
 
@@ -110,7 +110,7 @@ def _ordered(kernel: Kernel, plan: Plan) -> Kernel:
 
 def _plan(x: Any, kernel: Kernel, axes: tuple[int, int, int]) -> Plan | None:
     batch, (size_1, size_2) = x.shape[0], (x.shape[axis] for axis in axes[:2])
-    orders = tuple(swapped for swapped in (False, True) if axes[swapped] != 3)
+    orders = tuple(swapped for swapped in (False, True) if axes[swapped] != 3)  # what lies side by side stays so
     return make_plan(batch, size_1, size_2, *kernel.shape[2:], kernel.shape[0], orders)
 
 
@@ -121,7 +121,7 @@ def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), (padding, padding), dimension_numbers=(letters, "HWIO", letters))
 
 
-# --- the bilinear form, of a block with the plan's first axis first, then the batch -------------------------------------
+# --- the bilinear form, of a block with the plan's first axis after the batch, the others in their order -----------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -190,8 +190,8 @@ def _late_zero(x: jax.Array) -> jax.Array:
 
 
 def _linear(matrix: np.ndarray, x: jax.Array, zero: jax.Array | float = 0.0) -> jax.Array:
-    """Return a constant matrix (with a zero added) times x, `[..., M, K]` times `[..., K, N]`; the gradient has a constant of its
-    own, since XLA's products on CPU are slow where the left side is to be transposed."""
+    """Return a constant matrix (with a zero added, repeated if need be) times x, `[..., M, K]` times `[..., K, N]`; the gradient
+    has a constant of its own, since XLA's products on CPU are slow where the left side is to be transposed."""
     transposed = np.ascontiguousarray(matrix.swapaxes(-1, -2))
 
     def times(matrix: jax.Array | np.ndarray, x: jax.Array) -> jax.Array:
@@ -215,7 +215,7 @@ def _input(x: jax.Array, plan: Plan, channels: int) -> jax.Array:
     half = _linear(m.input_1, x.astype(jnp.float32).reshape(plan.batch, plan.first.size, -1))
     half = half.reshape(plan.batch, 2 * plan.half, plan.first.tiles, *x.shape[2:])  # B, f1 p, t1, S2 and C
     rows = half.transpose(1, second + 1, 2, 0, channels + 1).reshape(2 * plan.half, plan.second.size, -1)
-    tiles = moves(plan).cut(rows).reshape(plan.half, 2 * plan.second.rows, -1)  # f1, p n2, t2 t1 B C
+    tiles = cutter(plan.second)(rows).reshape(plan.half, 2 * plan.second.rows, -1)  # f1, p n2, t2 t1 B C
     return _linear(m.input_2, tiles).astype(x.dtype).reshape(-1, plan.parts * plan.rows, x.shape[channels])
 
 
@@ -230,11 +230,11 @@ def _kernel(kernel: Kernel, plan: Plan, zero: jax.Array | float = 0.0) -> list[j
 
 
 def _output(products: list[jax.Array], plan: Plan, channels: int, dtype: jnp.dtype) -> jax.Array:
-    """Return the plane, S1 and B first, of products `[F, P R, O]`."""
+    """Return the block, B and S1 first, of products `[F, P R, O]`."""
     m, a, b, out = matrices(plan), plan.first, plan.second, products[0].shape[-1]
     tiles = [_linear(matrix, y.reshape(plan.half, -1, plan.rows * out)) for matrix, y in zip(m.output_2, products, strict=True)]
     half = functools.reduce(jnp.add, tiles).reshape(2 * plan.half, b.step, b.tiles, a.tiles, plan.batch, out)
-    half = half.transpose((4, 0, 3, 2, 1, 5) if channels == 3 else (4, 0, 3, 5, 2, 1))  # B, f1 p, t1, t2 m2 and O
+    half = half.transpose(4, 0, 3, *((2, 1, 5) if channels == 3 else (5, 2, 1)))  # B, f1 p, t1, t2 m2 and O
     plane = _linear(m.output_1, half.reshape(plan.batch, 2 * plan.half * a.tiles, -1))
     shape = (plan.batch, a.size, b.tiles * b.step, out)
     plane = plane.reshape(shape if channels == 3 else shape[:2] + shape[:1:-1])

@@ -1,7 +1,8 @@
 """Which form a plane convolution takes: a cost model of its shapes.
 
 The constants are nanoseconds and rates of one core of an AVX2 machine; only their ratios matter, and they hold roughly
-elsewhere too. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25).
+elsewhere too. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25), TILE_BYTES from later ones
+(2026-11-27).
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with b
 HALF_DIRECT = 1000  # channels in times channels out at which the direct one runs at half of that
 HALF_SPEED = 12  # rows of a product at which it runs at half of that
 OVERHEAD = 200_000.0  # of the many small steps of the Fourier form, ns
-BYTES = 8.0  # to and from memory, GB/s
+BYTES = 8.0  # of kernels and their spectra to and from memory, GB/s
+TILE_BYTES = 2.75  # of tiles and theirs, which are transposed on the way
 MEMORY = 1 << 30  # bytes of a kernel's spectrum at once
 
 
@@ -77,7 +79,7 @@ def axes(size: int, taps: int, even: bool = False) -> list[Axis]:
 @functools.lru_cache(maxsize=1024)
 def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, taps: int,
               orders: tuple[bool, ...] = (False, True)) -> Plan | None:
-    """Return the cheapest Fourier form of a convolution, with the axes swapped or not, or None where the direct one is cheaper."""
+    """Return the cheapest Fourier form of a convolution, its axes in one of the orders, or None where the direct is cheaper."""
     best, best_cost = None, 3 * 2 * batch * size_1 * size_2 * taps**2 * (channels * out + HALF_DIRECT) / DIRECT_FLOPS
     for swapped in orders:
         size_a, size_b = (size_2, size_1) if swapped else (size_1, size_2)
@@ -96,18 +98,18 @@ def _cost(plan: Plan, channels: int, out: int) -> float:
     numbers = half * b.length * (3 if plan.karatsuba else 2)  # of a kernel's spectrum, per pair of channels
     products = 2 * numbers * rows * channels * out / (FLOPS * rows / (rows + HALF_SPEED))
 
-    def transform(outer: int, inner: int, spectrum: int, first: int, second: int, times: int) -> float:
+    def transform(outer: int, inner: int, spectrum: int, first: int, second: int, times: int, rate: float) -> float:
         """Cost of matrices from `outer` numbers by `first` products each to `inner`, and by `second` each to a spectrum."""
         flops = 2 * (inner * first + spectrum * second)
-        return times * (flops / FLOPS + 4 * (outer + 3 * inner + spectrum) / BYTES)
+        return times * (flops / FLOPS + 4 * (outer + 3 * inner + spectrum) / rate)
 
     tiles = 2 * half * a.tiles
-    kernel = transform(a.taps * b.taps, 2 * half * b.taps, numbers, a.taps, 2 * b.taps, channels * out)
+    kernel = transform(a.taps * b.taps, 2 * half * b.taps, numbers, a.taps, 2 * b.taps, channels * out, BYTES)
     kernel += 8 * plan.swapped * (a.taps * b.taps) * channels * out / BYTES
     source = transform(a.size * b.size, tiles * b.size, numbers * plan.rows // plan.batch, a.size,
-                       2 * b.rows, plan.batch * channels)
+                       2 * b.rows, plan.batch * channels, TILE_BYTES)
     result = transform(a.size * b.size, tiles * b.size, numbers * plan.parts * plan.rows // plan.batch, a.size,
-                       2 * b.step, plan.batch * out)
+                       2 * b.step, plan.batch * out, TILE_BYTES)
     return 3 * products + 2 * (kernel + source + result) + OVERHEAD
 
 

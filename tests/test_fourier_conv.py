@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dnd_jax import fourier_conv, fourier_plan
-from dnd_jax.decoder import HyperConvDecoder, prepare
+from dnd_jax.decoder import HyperConvDecoder, plane_axes, prepare
 from dnd_jax.fourier_plan import Plan
 
 CHANNELS, OUT = 6, 4
@@ -71,6 +71,26 @@ def test_equals_the_plain_convolution(rng, case):
     assert relative(ours[0], exact(x, kernel)) < 6e-7
     for name, actual, expected in zip(("output", "gradient of x", "gradient of the kernel"), ours, theirs, strict=True):
         assert actual.shape == expected.shape and relative(actual, expected) < 1e-6, name
+
+
+@pytest.mark.parametrize("spec", ["BNLC,LN->BNLD", "BNLC,NC->BNMC", "BNMC,MN->BNMD", "BNMD,MD->BOMD"])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_planes_anywhere_in_a_block(rng, spec, chunks):
+    """Every convolution of a layer, by Fourier with several tiles along both axes, equals the plain one with the axes moved."""
+    axes = plane_axes(spec)
+    sizes = {axes[0]: 11, axes[1]: 13, axes[2]: CHANNELS}
+    x = jnp.asarray(rng.normal(size=(2, *(sizes[axis] for axis in (1, 2, 3)))), jnp.float32)
+    _, kernel, g = operands(rng, (11, 13), 5)
+    plan = make_plan((11, 13), 5, (2, 1), True, chunks, swapped=axes[0] == 3)
+
+    def plain(x, kernel):
+        return jnp.moveaxis(fourier_conv._direct(jnp.moveaxis(x, axes, (1, 2, 3)), kernel, (1, 2, 3)), (1, 2, 3), axes)
+
+    g = jnp.moveaxis(g, (1, 2, 3), axes)
+    y, transposed = jax.vjp(lambda x, w: fourier_conv._planned(x, w, axes, plan), x, kernel)
+    expected, transposed_0 = jax.vjp(plain, x, kernel)
+    for actual, wanted in zip((y, *transposed(g)), (expected, *transposed_0(g)), strict=True):
+        assert actual.shape == wanted.shape and relative(actual, wanted) < 1e-6
 
 
 def test_bfloat16_is_as_exact_as_the_plain_convolution(rng):
@@ -159,7 +179,7 @@ def test_prepared_kernels_of_another_batch_are_refused():
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from dnd_jax import sharding
-from dnd_jax.decoder import HyperConvDecoder, prepare
+from dnd_jax.decoder import HyperConvDecoder, plane_axes, prepare
 
 decoder = HyperConvDecoder(((16, 12, 24), (20, 10, 16)), 9)
 x = jax.random.normal(jax.random.key(1), (8, 16, 12, 24))
