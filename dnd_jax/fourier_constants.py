@@ -14,11 +14,24 @@ from dnd_jax.fourier_plan import Axis, Plan
 
 @functools.lru_cache
 def cutter(axis: Axis) -> Callable[[jax.Array], jax.Array]:
-    """Return what cuts rows of a plane's second axis into tiles, `[_, S2, _]` to `[_, n2 t2, _]`."""
+    """Return what cuts rows of a plane's second axis into tiles, `[_, S2, _]` to `[_, n2 t2, _]`, zeros beyond its ends.
+
+    The gradient takes rows, too, where JAX would scatter.
+    """
     low = axis.low if axis.tiles > 1 else 0
     places = np.arange(axis.tiles) * axis.step + np.arange(axis.rows)[:, None] - low
     index = np.where((places >= 0) & (places < axis.size), places, axis.size).ravel()
-    return _mover(index, _inverse(index, axis.size))
+
+    def take(rows: jax.Array, index: np.ndarray) -> jax.Array:
+        if index.shape == (rows.shape[1],) and (index == np.arange(len(index))).all():
+            return rows
+        return jnp.take(rows, index, axis=1, mode="fill", fill_value=0)
+
+    back = _inverse(index, axis.size)
+    cut = jax.custom_vjp(lambda rows: take(rows, index))
+    cut.defvjp(lambda rows: (take(rows, index), None),
+               lambda _, g: (functools.reduce(jnp.add, [take(g, places) for places in back]),))
+    return cut
 
 
 def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:
@@ -30,19 +43,6 @@ def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:
     places = np.full((times.max() + 1, size), len(index))
     places[times, rows] = order
     return list(places)
-
-
-def _mover(index: np.ndarray, back: list[np.ndarray]) -> Callable[[jax.Array], jax.Array]:
-    """Return a function that takes rows, zeros for those beyond the end; its gradient takes rows too, where JAX would scatter."""
-    def take(rows: jax.Array, index: np.ndarray) -> jax.Array:
-        if index.shape == (rows.shape[1],) and (index == np.arange(len(index))).all():
-            return rows
-        return jnp.take(rows, index, axis=1, mode="fill", fill_value=0)
-
-    move = jax.custom_vjp(lambda rows: take(rows, index))
-    move.defvjp(lambda rows: (take(rows, index), None),
-                lambda _, g: (functools.reduce(jnp.add, [take(g, places) for places in back]),))
-    return move
 
 
 @dataclasses.dataclass(frozen=True)

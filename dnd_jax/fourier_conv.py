@@ -110,7 +110,8 @@ def _ordered(kernel: Kernel, plan: Plan) -> Kernel:
 
 def _plan(x: Any, kernel: Kernel, axes: tuple[int, int, int]) -> Plan | None:
     batch, (size_1, size_2) = x.shape[0], (x.shape[axis] for axis in axes[:2])
-    orders = tuple(swapped for swapped in (False, True) if axes[swapped] != 3)  # what lies side by side stays so
+    # The last axis of a block is not the first to be transformed: neighbours in memory stay neighbours.
+    orders = tuple(swapped for swapped in (False, True) if axes[swapped] != 3)
     return make_plan(batch, size_1, size_2, *kernel.shape[2:], kernel.shape[0], orders)
 
 
@@ -211,7 +212,7 @@ def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _input(x: jax.Array, plan: Plan, channels: int) -> jax.Array:
     """Return the spectra of all tiles, `[F, P R, C]`, of x's dtype."""
-    m, second = matrices(plan), 5 - channels
+    m, second = matrices(plan), 5 - channels  # one is axis 2, the other 3
     half = _linear(m.input_1, x.astype(jnp.float32).reshape(plan.batch, plan.first.size, -1))
     half = half.reshape(plan.batch, 2 * plan.half, plan.first.tiles, *x.shape[2:])  # B, f1 p, t1, S2 and C
     rows = half.transpose(1, second + 1, 2, 0, channels + 1).reshape(2 * plan.half, plan.second.size, -1)

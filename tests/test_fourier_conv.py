@@ -119,6 +119,8 @@ def test_form_follows_the_shapes():
     assert plan is not None and plan.chunks > 1 and 2464 % plan.chunks == 0
     plan = fourier_plan.make_plan(1, 64, 16, 96, 64, 9)
     assert plan is not None and plan.swapped and plan.first.tiles == 1
+    last = fourier_conv._plan(jnp.zeros((1, 96, 64, 16)), jnp.zeros((9, 9, 96, 64)), plane_axes("BNMD,MD->BOMD"))
+    assert last is not None and not last.swapped, "the last axis of a block is transformed first"
 
 
 def test_few_kernels_transforms_are_in_memory_together(rng):
@@ -179,7 +181,7 @@ def test_prepared_kernels_of_another_batch_are_refused():
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from dnd_jax import sharding
-from dnd_jax.decoder import HyperConvDecoder, plane_axes, prepare
+from dnd_jax.decoder import HyperConvDecoder, prepare
 
 decoder = HyperConvDecoder(((16, 12, 24), (20, 10, 16)), 9)
 x = jax.random.normal(jax.random.key(1), (8, 16, 12, 24))
