@@ -13,14 +13,14 @@ from dnd_jax.fourier_plan import Axis, Plan
 
 
 @functools.lru_cache
-def cutter(axis: Axis) -> Callable[[jax.Array], jax.Array]:
-    """Return what cuts rows of a plane's second axis into tiles, `[_, S2, _]` to `[_, n2 t2, _]`, zeros beyond its ends.
+def cutter(axis: Axis, tiles_last: bool = False) -> Callable[[jax.Array], jax.Array]:
+    """Return what cuts rows of an axis into tiles, `[_, S, _]` to `[_, t n, _]` or `[_, n t, _]`, zeros beyond its ends.
 
     The gradient takes rows, too, where JAX would scatter.
     """
     low = axis.low if axis.tiles > 1 else 0
-    places = np.arange(axis.tiles) * axis.step + np.arange(axis.rows)[:, None] - low
-    index = np.where((places >= 0) & (places < axis.size), places, axis.size).ravel()
+    places = np.arange(axis.tiles)[:, None] * axis.step + np.arange(axis.rows) - low
+    index = np.where((places >= 0) & (places < axis.size), places, axis.size).ravel("F" if tiles_last else "C")
 
     def take(rows: jax.Array, index: np.ndarray) -> jax.Array:
         if index.shape == (rows.shape[1],) and (index == np.arange(len(index))).all():
@@ -47,10 +47,7 @@ def _inverse(index: np.ndarray, size: int) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of the first.
-
-    Those of first axes cut a plane's axis into tiles, too, and join it again.
-    """
+    """Real matrices of the complex transforms; those of second axes are repeated for each frequency of the first."""
 
     input_1: np.ndarray
     input_2: np.ndarray
@@ -67,10 +64,9 @@ def matrices(plan: Plan) -> Matrices:
     forward_1, forward_2 = _fourier_matrix(a.length, 0.5)[:plan.half], _fourier_matrix(b.length)
     # Convolutions of networks are correlations: the kernel's transform is the conjugate one.
     kernel_1, kernel_2 = forward_1.conj()[:, :a.taps], forward_2.conj()[:, :b.taps]
-    back_1 = 2 * forward_1.conj().T[:a.step] / a.length  # twice: for the other half
+    output_1 = 2 * forward_1[:, :a.step] / a.length  # its conjugate leads back; twice: for the other half
     back_2 = forward_2.conj().T[:b.step] / b.length
-    if b.tiles == 1:
-        forward_2 = forward_2[:, b.low:b.low + b.size]  # the other rows are zero
+    input_1, input_2 = _of_rows(forward_1, a), _of_rows(forward_2, b)
     # Parts of X, and for each array of W: its parts, and what each real product weighs in the complex one.
     inputs: list[complex]
     products: list[tuple[list[complex], list[complex]]]
@@ -79,28 +75,20 @@ def matrices(plan: Plan) -> Matrices:
     else:
         inputs, products = [1, 1j], [([1], [1, 1j]), ([1j], [1j, -1])]
     repeat = functools.partial(_repeated, times=plan.half)
-    input_1, output_1 = _tiled(a, forward_1, back_1)
     return Matrices(
-        _parts(input_1), repeat(_components(forward_2, inputs)),
-        _parts(kernel_1[:, None]), [repeat(_components(kernel_2, parts)) for parts, _ in products],
+        _parts(input_1), repeat(_components(input_2, inputs)),
+        _parts(kernel_1), [repeat(_components(kernel_2, parts)) for parts, _ in products],
         _parts(output_1).T.copy(), [repeat(_combine(back_2, weights)) for _, weights in products])
 
 
-def _tiled(axis: Axis, forward: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return `[f, t, s]`: a transform of all tiles of an axis, and the conjugate of that of all tiles back to it."""
-    inputs, outputs = (np.zeros((len(forward), axis.tiles, axis.size), complex) for _ in range(2))
-    for tile in range(axis.tiles):
-        start = tile * axis.step
-        places = np.arange(axis.length) + start - axis.low
-        inside = (places >= 0) & (places < axis.size)
-        inputs[:, tile, places[inside]] = forward[:, inside]
-        outputs[:, tile, start:start + axis.step] = back[:axis.size - start].conj().T
-    return inputs, outputs
+def _of_rows(forward: np.ndarray, axis: Axis) -> np.ndarray:
+    """Return a transform's columns for the rows that a tile has: those of the only one, less its zeros."""
+    return forward[:, axis.low:axis.low + axis.size] if axis.tiles == 1 else forward
 
 
-def _parts(matrices: np.ndarray) -> np.ndarray:
-    """Return complex `[f, t, s]` as real `[f p t, s]`."""
-    return np.stack([matrices.real, matrices.imag], 1).reshape(-1, matrices.shape[-1]).astype(np.float32)
+def _parts(matrix: np.ndarray) -> np.ndarray:
+    """Return complex `[f, s]` as real `[f p, s]`."""
+    return np.stack([matrix.real, matrix.imag], 1).reshape(-1, matrix.shape[-1]).astype(np.float32)
 
 
 def _fourier_matrix(length: int, shift: float = 0.0) -> np.ndarray:

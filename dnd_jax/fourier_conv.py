@@ -5,16 +5,16 @@ axis of one tile is the whole axis with zeros at its end, which wrap around to b
 transform is real: half a spectrum, at frequencies between those of a period, so that none is its own conjugate (what wraps
 around changes its sign, but all of that is cut off or zero). Along the second axis it is complex. A product of complex numbers
 is three real ones (Karatsuba; for many tiles), or each part of the kernel with both of X (for few, where the kernel's spectrum
-is what costs). The signs and sums of either are part of the matrices, as is the cutting of the first axis:
+is what costs). The signs and sums of either are part of the matrices:
 
-    X = input_2 cut(input_1 x)              [F, P R, C]
+    X = input_2 cut(input_1 cut(x))         [F, P R, C]
     W = kernel_2 (kernel_1 w)               [F, C, O], one array, or one for each part
     Y = X W                                 [F, P R, O]
     y = output_1 (output_2 Y), summed over the arrays
 
 F frequencies (three for each where Karatsuba's), R rows: the tiles of all examples, P = 1, or 2 for the real and the imaginary
-part. The channels come last around the product Y; a block is transposed twice, where it is cut and before output_1. A kernel goes
-through this in chunks of its output channels where its spectrum takes much memory.
+part. The channels come last around the product Y; a block is transposed twice, each time between the matrices of its two axes. A
+kernel goes through this in chunks of its output channels where its spectrum takes much memory.
 """
 
 import dataclasses
@@ -213,10 +213,11 @@ def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _input(x: jax.Array, plan: Plan, channels: int) -> jax.Array:
     """Return the spectra of all tiles, `[F, P R, C]`, of x's dtype."""
     m, second = matrices(plan), 5 - channels  # one is axis 2, the other 3
-    half = _linear(m.input_1, x.astype(jnp.float32).reshape(plan.batch, plan.first.size, -1))
-    half = half.reshape(plan.batch, 2 * plan.half, plan.first.tiles, *x.shape[2:])  # B, f1 p, t1, S2 and C
-    rows = half.transpose(1, second + 1, 2, 0, channels + 1).reshape(2 * plan.half, plan.second.size, -1)
-    tiles = cutter(plan.second)(rows).reshape(plan.half, 2 * plan.second.rows, -1)  # f1, p n2, t2 t1 B C
+    rows = x.astype(jnp.float32).reshape(plan.batch, plan.first.size, -1)
+    tiles = cutter(plan.first)(rows).reshape(plan.batch, plan.first.tiles, plan.first.rows, -1)
+    half = _linear(m.input_1, tiles).reshape(plan.batch, plan.first.tiles, 2 * plan.half, *x.shape[2:])  # B, t1, f1 p, S2 and C
+    rows = half.transpose(2, second + 1, 1, 0, channels + 1).reshape(2 * plan.half, plan.second.size, -1)
+    tiles = cutter(plan.second, tiles_last=True)(rows).reshape(plan.half, 2 * plan.second.rows, -1)  # f1, p n2, t2 t1 B C
     return _linear(m.input_2, tiles).astype(x.dtype).reshape(-1, plan.parts * plan.rows, x.shape[channels])
 
 
@@ -235,8 +236,8 @@ def _output(products: list[jax.Array], plan: Plan, channels: int, dtype: jnp.dty
     m, a, b, out = matrices(plan), plan.first, plan.second, products[0].shape[-1]
     tiles = [_linear(matrix, y.reshape(plan.half, -1, plan.rows * out)) for matrix, y in zip(m.output_2, products, strict=True)]
     half = functools.reduce(jnp.add, tiles).reshape(2 * plan.half, b.step, b.tiles, a.tiles, plan.batch, out)
-    half = half.transpose(4, 0, 3, *((2, 1, 5) if channels == 3 else (5, 2, 1)))  # B, f1 p, t1, t2 m2 and O
-    plane = _linear(m.output_1, half.reshape(plan.batch, 2 * plan.half * a.tiles, -1))
-    shape = (plan.batch, a.size, b.tiles * b.step, out)
-    plane = plane.reshape(shape if channels == 3 else shape[:2] + shape[:1:-1])
+    half = half.transpose(4, 3, 0, *((2, 1, 5) if channels == 3 else (5, 2, 1)))  # B, t1, f1 p, t2 m2 and O
+    plane = _linear(m.output_1, half.reshape(plan.batch, a.tiles, 2 * plan.half, -1))
+    shape = (plan.batch, a.tiles * a.step, b.tiles * b.step, out)
+    plane = plane.reshape(shape if channels == 3 else shape[:2] + shape[:1:-1])[:, :a.size]
     return jax.lax.slice_in_dim(plane, 0, b.size, axis=5 - channels).astype(dtype)

@@ -106,9 +106,10 @@ def _cost(plan: Plan, channels: int, out: int) -> float:
     tiles = 2 * half * a.tiles
     kernel = transform(a.taps * b.taps, 2 * half * b.taps, numbers, a.taps, 2 * b.taps, channels * out, BYTES)
     kernel += 8 * plan.swapped * (a.taps * b.taps) * channels * out / BYTES
-    source = transform(a.size * b.size, tiles * b.size, numbers * plan.rows // plan.batch, a.size,
+    taken = (a.size + 2 * a.tiles * a.rows * (a.tiles > 1)) * b.size
+    source = transform(taken, tiles * b.size, numbers * plan.rows // plan.batch, a.rows,
                        2 * b.rows, plan.batch * channels, TILE_BYTES)
-    result = transform(a.size * b.size, tiles * b.size, numbers * plan.parts * plan.rows // plan.batch, a.size,
+    result = transform(a.size * b.size, tiles * b.size, numbers * plan.parts * plan.rows // plan.batch, a.step,
                        2 * b.step, plan.batch * out, TILE_BYTES)
     return 3 * products + 2 * (kernel + source + result) + OVERHEAD
 
