@@ -11,9 +11,10 @@ import functools
 FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with both gradients, GFLOP/s
 HALF_DIRECT = 1000  # channels in times channels out at which the direct one runs at half of that
 HALF_SPEED = 12  # rows of a product at which it runs at half of that
+TINY, SLOWDOWN = 8, 20  # a product with all three sizes below that takes so many times as long: XLA has other code for it
 OVERHEAD = 200_000.0  # of the many small steps of the Fourier form, ns
 BYTES = 8.0  # of kernels and their spectra to and from memory, GB/s
-TILE_BYTES = 2.75  # of tiles and theirs, which are transposed on the way
+TILE_BYTES = 2.1  # of tiles and theirs, which are cut and transposed on the way
 MEMORY = 1 << 30  # bytes of a kernel's spectrum at once
 
 
@@ -55,7 +56,13 @@ class Plan:
 
     @property
     def parts(self) -> int:
+        """Arrays of a kernel's spectrum, and parts of X that each is multiplied by."""
         return 1 if self.karatsuba else 2
+
+    @property
+    def spectrum(self) -> int:
+        """Numbers of a kernel's spectrum, for each pair of channels."""
+        return self.half * self.second.length * (3 if self.karatsuba else 2)
 
     @property
     def rows(self) -> int:
@@ -94,28 +101,39 @@ def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, tap
 
 def _cost(plan: Plan, channels: int, out: int) -> float:
     """Return nanoseconds of a convolution and its two gradients, each of which costs about as much."""
-    a, b, half, rows = plan.first, plan.second, plan.half, plan.parts * plan.rows
-    numbers = half * b.length * (3 if plan.karatsuba else 2)  # of a kernel's spectrum, per pair of channels
-    products = 2 * numbers * rows * channels * out / (FLOPS * rows / (rows + HALF_SPEED))
+    rows = plan.parts * plan.rows
+    products = 2 * plan.spectrum * rows * channels * out / (FLOPS * rows / (rows + HALF_SPEED))
+    products *= SLOWDOWN if max(rows, channels, out) < TINY else 1
+    transforms = _kernel_cost(plan) * channels * out + plan.batch * (_input_cost(plan) * channels + _output_cost(plan) * out)
+    return 3 * products + 2 * transforms + OVERHEAD
 
-    def transform(outer: int, inner: int, spectrum: int, first: int, second: int, times: int, rate: float) -> float:
-        """Cost of matrices from `outer` numbers by `first` products each to `inner`, and by `second` each to a spectrum."""
-        flops = 2 * (inner * first + spectrum * second)
-        return times * (flops / FLOPS + 4 * (outer + 3 * inner + spectrum) / rate)
 
-    tiles = 2 * half * a.tiles
-    kernel = transform(a.taps * b.taps, 2 * half * b.taps, numbers, a.taps, 2 * b.taps, channels * out, BYTES)
-    kernel += 8 * plan.swapped * (a.taps * b.taps) * channels * out / BYTES
-    taken = (a.size + 2 * a.tiles * a.rows * (a.tiles > 1)) * b.size
-    source = transform(taken, tiles * b.size, numbers * plan.rows // plan.batch, a.rows,
-                       2 * b.rows, plan.batch * channels, TILE_BYTES)
-    result = transform(a.size * b.size, tiles * b.size, numbers * plan.parts * plan.rows // plan.batch, a.step,
-                       2 * b.step, plan.batch * out, TILE_BYTES)
-    return 3 * products + 2 * (kernel + source + result) + OVERHEAD
+def _kernel_cost(plan: Plan) -> float:
+    """Return nanoseconds of the transforms of one pair of channels."""
+    a, b = plan.first, plan.second
+    half = 2 * plan.half * b.taps
+    numbers = a.taps * b.taps * (3 if plan.swapped else 1) + 3 * half + plan.spectrum
+    return 2 * (half * a.taps + plan.spectrum * 2 * b.taps) / FLOPS + 4 * numbers / BYTES
+
+
+def _input_cost(plan: Plan) -> float:
+    """Return nanoseconds of one channel of an example: cut, transformed along the first axis, cut again, and transformed."""
+    a, b = plan.first, plan.second
+    half, spectra = 2 * plan.half * a.tiles * b.size, plan.spectrum * a.tiles * b.tiles
+    numbers = a.tiles * a.rows * b.size + half + 2 * plan.half * a.tiles * b.tiles * b.rows + spectra
+    return 2 * (half * a.rows + spectra * 2 * b.rows) / FLOPS + 4 * numbers / TILE_BYTES
+
+
+def _output_cost(plan: Plan) -> float:
+    """Return nanoseconds of one channel of an example: from spectra, of each array of the kernel's, to their sum and back."""
+    a, b = plan.first, plan.second
+    half, spectra = 2 * plan.half * a.tiles * b.tiles * b.step, plan.parts * plan.spectrum * a.tiles * b.tiles
+    numbers = spectra + (1 + plan.parts) * half + a.size * b.size
+    return 2 * (spectra * 2 * b.step + half * a.step) / FLOPS + 4 * numbers / TILE_BYTES
 
 
 def _chunk(plan: Plan, channels: int, out: int) -> Plan:
     """Return the plan with chunks of output channels for a kernel's spectrum to stay in a moderate memory."""
-    spectrum = 4 * plan.half * plan.second.length * (3 if plan.karatsuba else 2) * channels * out
+    spectrum = 4 * plan.spectrum * channels * out
     chunks = next(n for n in range(1, out + 1) if out % n == 0 and (spectrum <= n * MEMORY or n == out))
     return dataclasses.replace(plan, chunks=chunks)
