@@ -119,6 +119,8 @@ def test_form_follows_the_shapes():
     assert plan is not None and plan.chunks > 1 and 2464 % plan.chunks == 0
     plan = fourier_plan.make_plan(1, 48, 16, 32, 16, 9)
     assert plan is not None and plan.swapped
+    plan = fourier_plan.make_plan(1, 8, 8, 4, 6, 9)
+    assert plan is None or plan.parts * plan.rows >= fourier_plan.TINY, "XLA has slow code for products as small as that"
     last = fourier_conv._plan(jnp.zeros((1, 32, 48, 16)), jnp.zeros((9, 9, 32, 16)), plane_axes("BNMD,MD->BOMD"))
     assert last is not None and not last.swapped, "the last axis of a block is transformed first"
 
