@@ -1,8 +1,8 @@
 """Which form a plane convolution takes: a cost model of its shapes.
 
 The constants are nanoseconds and rates of one core of an AVX2 machine; only their ratios matter, and they hold roughly
-elsewhere too. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25), TILE_BYTES from later ones
-(2026-11-27).
+elsewhere too. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25), TINY, SLOWDOWN and TILE_BYTES
+from later ones (2026-11-27).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import functools
 FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with both gradients, GFLOP/s
 HALF_DIRECT = 1000  # channels in times channels out at which the direct one runs at half of that
 HALF_SPEED = 12  # rows of a product at which it runs at half of that
-TINY, SLOWDOWN = 8, 20  # a product with all three sizes below that takes so many times as long: XLA has other code for it
+TINY, SLOWDOWN = 8, 20  # a product with all three sizes below that takes about so many times as long: XLA has other code for it
 OVERHEAD = 200_000.0  # of the many small steps of the Fourier form, ns
 BYTES = 8.0  # of kernels and their spectra to and from memory, GB/s
 TILE_BYTES = 2.1  # of tiles and theirs, which are cut and transposed on the way
@@ -109,10 +109,10 @@ def _cost(plan: Plan, channels: int, out: int) -> float:
 
 
 def _kernel_cost(plan: Plan) -> float:
-    """Return nanoseconds of the transforms of one pair of channels."""
+    """Return nanoseconds of one pair of channels: transformed along the first axis, then along the second."""
     a, b = plan.first, plan.second
     half = 2 * plan.half * b.taps
-    numbers = a.taps * b.taps * (3 if plan.swapped else 1) + 3 * half + plan.spectrum
+    numbers = a.taps * b.taps * (3 if plan.swapped else 1) + 3 * half + plan.spectrum  # swapped axes are read and written before
     return 2 * (half * a.taps + plan.spectrum * 2 * b.taps) / FLOPS + 4 * numbers / BYTES
 
 
@@ -125,7 +125,8 @@ def _input_cost(plan: Plan) -> float:
 
 
 def _output_cost(plan: Plan) -> float:
-    """Return nanoseconds of one channel of an example: from spectra, of each array of the kernel's, to their sum and back."""
+    """Return nanoseconds of one channel of an example: back along the second axis, for each array of the kernel's, then along the
+    first axis their sum."""
     a, b = plan.first, plan.second
     half, spectra = 2 * plan.half * a.tiles * b.tiles * b.step, plan.parts * plan.spectrum * a.tiles * b.tiles
     numbers = spectra + (1 + plan.parts) * half + a.size * b.size
