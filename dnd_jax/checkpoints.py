@@ -59,25 +59,28 @@ class Checkpointer:
     def restore(self, like: Any) -> Any | None:
         """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
 
-        A checkpoint whose bytes have changed, or that can't be loaded, is set aside, and standard output says so.
+        A checkpoint whose bytes have changed is set aside, and standard output says so; and so is, of a process alone, one that
+        can't be loaded and whose writer was killed before it recorded the hashes.
 
         Raises:
           InputError: a sound checkpoint with parameters of other names or shapes.
-          OSError: one of several processes can't load a checkpoint whose bytes are sound; the others, which wait for it, end too.
+          OSError: a checkpoint that can't be read or loaded, although its bytes are those written, for want of memory or as
+            it holds another state. Nothing is set aside then. Of several processes the others, which wait for it, end too.
         """
         distributed.by_first(functools.partial(_set_changed_aside, self._folder))
-        while paths := _steps(self._folder):
+        while (step := distributed.agreed(max((int(path.name) for path in _steps(self._folder)), default=-1))) >= 0:
+            path = self._folder / str(step)
             try:
-                check_shapes(paths[-1], _shapes(paths[-1]), like["params"] if isinstance(like, dict) else like.params)
-                state = ocp.load_checkpointables(paths[-1], {"state": like})["state"]
+                check_shapes(path, _shapes(path), like["params"] if isinstance(like, dict) else like.params)
+                state = ocp.load_checkpointables(path, {"state": like})["state"]
             except InputError:
                 raise
             except Exception as error:  # what damage raises, and where, is not documented
-                if jax.process_count() > 1:
-                    raise OSError(f"{paths[-1]}: process {jax.process_index()} can't load it: {error}") from error
-                distributed.by_first(functools.partial(set_aside, paths[-1], str(error)))
+                if _surely_sound(path, error) or jax.process_count() > 1:
+                    raise OSError(f"{path}: process {jax.process_index()} can't load it: {error}") from error
+                set_aside(path, str(error))
                 continue
-            distributed.by_first(functools.partial(_record, paths[-1]))
+            distributed.by_first(functools.partial(_record, path))
             return state
         return None
 
@@ -112,10 +115,14 @@ class Checkpointer:
         """Wait until a checkpoint is committed, then record its hashes; a kill in between costs the hashes only."""
         try:
             response.result()
-            if distributed.is_first():
-                checksums.write(self._folder / str(step))
         except Exception as error:
             self._fail(step, error)
+            return
+        try:
+            if distributed.is_first():
+                checksums.write(self._folder / str(step))
+        except OSError as error:  # as after a kill, damage is then noticed only where it keeps Orbax from loading
+            print(f"\nwarning: {self._folder / str(step)} is written, but not its hashes: {error}", file=sys.stderr, flush=True)
 
     def _fail(self, step: int, error: Exception) -> None:
         reason = " ".join(str(error).split())[:500]
@@ -150,6 +157,17 @@ class Checkpointer:
         if self.failure is not None:
             raise OSError(f"{self.failure}; {self.last_good()}") from self.failure
 
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Close; what ended the block counts for more than a failed save, which standard error has named."""
+        try:
+            self.close()
+        except OSError:
+            if kind is None:
+                raise
+
 
 def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the committed checkpoints in order of their steps; empty folders and those set aside are none."""
@@ -182,6 +200,11 @@ def _fault(path: pathlib.Path) -> str | None:
     return checksums.fault(path, "state/") or checksums.fault(path, "_CHECKPOINT_METADATA")
 
 
+def _surely_sound(path: pathlib.Path, error: Exception) -> bool:
+    """Tell whether a checkpoint without a known fault failed to load for another reason than damage."""
+    return (path / checksums.NAME).exists() or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _record(path: pathlib.Path) -> None:
     """Record the hashes of a checkpoint whose writer was killed before it could."""
     if not (path / checksums.NAME).exists():
@@ -192,7 +215,7 @@ def set_aside(path: pathlib.Path, fault: str) -> None:
     """Rename a damaged checkpoint so that nothing takes it for one, and say so."""
     target = next(t for i in range(1000) if not (t := path.with_name(f"{path.name}.damaged{i or ''}")).exists())
     path.rename(target)
-    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}; going on from the checkpoint before it")
+    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}; going on from the checkpoint before it", flush=True)
 
 
 def _metrics(path: pathlib.Path) -> dict[str, float] | None:
@@ -232,11 +255,13 @@ def load_latest(folder: files.PathLike) -> tuple[int, Params]:
 def _first_sound(folder: files.PathLike, paths: Sequence[pathlib.Path]) -> tuple[pathlib.Path, Params]:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     for path in paths:
-        try:
-            if not (fault := _fault(path)):
+        if not (fault := _fault(path)):
+            try:
                 return path, _load_params(path)
-        except Exception as error:  # what damage raises, and where, is not documented
-            fault = str(error)
+            except Exception as error:  # what damage raises, and where, is not documented
+                if _surely_sound(path, error):
+                    raise OSError(f"{path}: can't be loaded, although its bytes are those written: {error}") from error
+                fault = str(error)
         print(f"{path}: damaged ({' '.join(fault.split())[:200]}), passed over")
     found = f"none of its {len(paths)} checkpoints is sound" if paths else "holds no checkpoint"
     raise InputError(f"{folder}: {found}, run dnd_jax.train first")

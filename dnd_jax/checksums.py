@@ -3,10 +3,10 @@
     folder/sha256.json      {"state/manifest.ocdbt": "5f70bf18...", ...}
 """
 
+import json
 import pathlib
 
 from dnd_jax import files
-from dnd_jax.types import InputError
 
 NAME = "sha256.json"
 
@@ -22,14 +22,22 @@ def fault(folder: pathlib.Path, below: str = "") -> str | None:
     """Return what is wrong with the files whose names start with `below`: missing or changed since they were recorded.
 
     A folder without a record, whose writer was killed before it made one, has no fault that could be known.
+
+    Raises:
+      OSError: a file that is there and can't be read, which says nothing about its bytes.
     """
     try:
-        known = files.read_json(folder / NAME) if (folder / NAME).exists() else {}
-        for name, expected in known.items():
-            if name.startswith(below) and (found := files.sha256_file(folder / name)) != expected:
-                return f"{name}: sha256 is {found[:12]}..., {NAME} says {str(expected)[:12]}..."
-    except (InputError, AttributeError, TypeError) as error:
-        return f"{NAME}: {error}"
-    except OSError as error:
-        return f"{name}: {error.strerror}, {NAME} lists it"
+        known = json.loads((folder / NAME).read_bytes())
+        wanted = {name: str(expected) for name, expected in known.items() if name.startswith(below)}
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        return f"{NAME}: not a JSON object of hashes: {error}"
+    for name, expected in wanted.items():
+        try:
+            found = files.sha256_file(folder / name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+            return f"{name}: no such file, {NAME} lists it"
+        if found != expected:
+            return f"{name}: sha256 is {found[:12]}..., {NAME} says {expected[:12]}..."
     return None

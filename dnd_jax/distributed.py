@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
@@ -75,12 +76,18 @@ def joined(args: Any) -> Iterator[None]:
         traceback.print_exc()
         print(f"error: process {jax.process_index()} of {jax.process_count()} ends: {' '.join(str(error).split())[:300]} "
               "(if another process ended first, it says why; the same command resumes)", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(1)  # leaving in order would wait for the others, and they for this one
 
 
 def is_first() -> bool:
     """Tell whether this process is the one that prints, logs and writes what isn't an array."""
     return jax.process_index() == 0
+
+
+def agreed(number: int) -> int:
+    """Return the first process's number in all of them, whose views of a shared file system may differ for a while."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def by_first(action: Callable[[], None]) -> None:

@@ -57,10 +57,11 @@ def decoder_of(config: ml_collections.ConfigDict, length: int, width: int, token
 
 
 def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mesh: jax.sharding.Mesh,
-               tasks: Sequence[pairs.Task] = ()) -> State:
-    """Initialise the state on the mesh, jitted so that no device holds more than its part.
+               tasks: Sequence[pairs.Task] = (), restore: Callable[[State], State | None] = lambda like: None) -> State:
+    """Return what `restore` makes of the abstract state, or else a new one, on the mesh.
 
-    Given tasks, the first norm starts calibrated on their conditions. Moments are float32 whatever the parameters are kept in.
+    It is initialised in jit, so that no device holds more than its part, and not at all where there is one to restore. Given
+    tasks, the first norm starts calibrated on their conditions. Moments are float32 whatever the parameters are kept in.
     """
     tx, dtype = optimizers.make_optimizer(config), optimizers.dtype_of(config, "param_dtype")
     calibrated = calibrate(tasks) if tasks else {}
@@ -73,7 +74,10 @@ def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mes
         return State(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: p.astype(dtype), params), opt_state, rng)
 
     key = jax.random.key(config.seed, impl="threefry2x32")
-    return jax.jit(init, out_shardings=sharding.of_state(mesh, jax.eval_shape(init, key)))(key)
+    shapes = jax.eval_shape(init, key)
+    places = sharding.of_state(mesh, shapes)
+    like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+    return restore(like) or jax.jit(init, out_shardings=places)(key)
 
 
 def calibrate(tasks: Sequence[pairs.Task]) -> dict[str, jax.Array]:
@@ -201,10 +205,9 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
     validate = make_validate(config, store.split("validation"), decoder, mesh, mask, store.importance)
     if t.calibrate and decoder.length:
         raise InputError(f"config.train.calibrate is set, but conditions of {decoder.length} positions are shortened first")
-    state = make_state(config, decoder, mesh, tasks if t.calibrate else ())
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder), t.keep_last, t.keep_every)
-    state = checkpointer.restore(state) or state
+    state = make_state(config, decoder, mesh, tasks if t.calibrate else (), checkpointer.restore)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
     sharding.check_moments(state)
     train_step = jax.jit(make_train_step(config, decoder, mesh, mask, store.importance), donate_argnums=0,
                          out_shardings=(places, None))

@@ -65,12 +65,45 @@ def restored(folder):
     return checkpoints.Checkpointer(folder, ABOUT).restore(state_of(0))
 
 
-def test_of_several_processes_one_that_cannot_load_ends_and_changes_nothing(folder, monkeypatch):
+def fails(error):
+    def load(*args, **kwargs):
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize("processes,hashes,error", [
+    (1, True, ValueError("structures differ")), (1, True, OSError("Input/output error")), (1, False, MemoryError("of the host")),
+    (1, False, RuntimeError("RESOURCE_EXHAUSTED: Out of memory")), (2, False, ValueError("cut short"))])
+def test_what_keeps_a_sound_checkpoint_from_loading_ends_the_run_and_changes_nothing(folder, monkeypatch, processes, hashes, error):
+    """Nor, of several processes, does what one of them can't load: others may."""
+    if not hashes:
+        (folder / "3" / checksums.NAME).unlink()
     checkpointer = checkpoints.Checkpointer(folder, ABOUT)
     monkeypatch.setattr(checkpoints.distributed, "by_first", lambda action: action())
-    monkeypatch.setattr(checkpoints.jax, "process_count", lambda: 2)
-    with pytest.raises(OSError, match=r"checkpoints/3: process 0 can't load it: "):
-        checkpointer.restore({"another": 0})
+    monkeypatch.setattr(checkpoints.distributed, "agreed", lambda number: number)
+    monkeypatch.setattr(checkpoints.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(checkpoints.ocp, "load_checkpointables", fails(error))
+    monkeypatch.setattr(checkpoints.ocp, "load", fails(error))
+    with pytest.raises(OSError, match=rf"checkpoints/3: process 0 can't load it: {error}"):
+        checkpointer.restore(state_of(0))
+    if processes == 1:
+        with pytest.raises(OSError, match=rf"checkpoints/3: .*bytes are those written: {error}"):
+            checkpoints.load_latest(folder)
+    assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
+
+
+def test_a_checkpoint_of_another_state_is_left_as_it_is(folder):
+    with pytest.raises(OSError, match=r"checkpoints/3: process 0 can't load it: (?s:.*)more"):
+        checkpoints.Checkpointer(folder, ABOUT).restore({**state_of(0), "more": jnp.zeros(1)})
+    assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
+
+
+def test_a_file_that_cannot_be_read_is_no_damage(folder, monkeypatch):
+    monkeypatch.setattr(checksums.files, "sha256_file", fails(PermissionError(13, "Permission denied", "state/d/1")))
+    for read in (restored, checkpoints.load_latest):
+        with pytest.raises(PermissionError, match="state/d/1"):
+            read(folder)
     assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
 
 
