@@ -215,7 +215,8 @@ def set_aside(path: pathlib.Path, fault: str) -> None:
     """Rename a damaged checkpoint so that nothing takes it for one, and say so."""
     target = next(t for i in range(1000) if not (t := path.with_name(f"{path.name}.damaged{i or ''}")).exists())
     path.rename(target)
-    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}; going on from the checkpoint before it", flush=True)
+    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}; going on from the checkpoint before it",
+          flush=True)
 
 
 def _metrics(path: pathlib.Path) -> dict[str, float] | None:

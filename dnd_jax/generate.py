@@ -73,10 +73,17 @@ def keep_transforms(decoder: HyperConvDecoder, params: Params) -> dict[str, Any]
 
 
 def carried_of(workdir: files.PathLike, about: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """Return the tensors that the decoder doesn't generate, from the workdir."""
+    """Return the tensors that the decoder doesn't generate, from the workdir.
+
+    Raises:
+      InputError: they are missing, or not those of the store that the decoder was trained on.
+    """
     if not about["carried"]:
         return None
-    with TensorFile(pathlib.Path(workdir) / pairs.CARRIED) as file:
+    path, expected = pathlib.Path(workdir) / pairs.CARRIED, about.get("carried_sha256")
+    if expected and path.exists() and (found := files.sha256_file(path)) != expected:
+        raise InputError(f"{path}: sha256 is {found[:12]}..., the checkpoint says {expected[:12]}...")
+    with TensorFile(path) as file:
         return file.read()
 
 

@@ -2,7 +2,9 @@
 
 import glob
 import json
+import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,43 +24,67 @@ class MetricsLog:
     A line has `step`, `loss`, `gradient_norm`, `learning_rate`, `norm_ratio` (predicted tokens over target tokens); where the
     step was validated `validation_loss` and `validation_loss/<task>`; since the line before `steps_per_s`, `samples_per_s` and
     `input_wait_s`; and `seconds` of training since step 0, however often the run was resumed. Of several processes, one writes.
+
+    Attributes:
+      failure: why the latest line could not be written, if it could not; it is kept and written before the next one.
     """
 
     def __init__(self, workdir: pathlib.Path, first: int, writes: bool = True, tensorboard: bool = False):
         self._path, self._file, self._board = workdir / NAME, None, None
+        self._unwritten, self.failure = b"", None
         self._last, self._before, self._waited = (first, time.perf_counter()), 0.0, 0.0
         if not writes:
             return
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= first] if self._path.exists() else []
         files.write_text(self._path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
         self._before = kept[-1]["seconds"] if kept else 0.0
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
         self._board = _open_board(workdir, first) if tensorboard else None
 
     def append(self, step: int, metrics: dict[str, float], batch_size: int, waited: float) -> dict[str, float]:
-        """Write one line, at once, and return it without its step; `waited` is the input's seconds since the run started."""
+        """Write one line, at once, and return it without its step; `waited` is the input's seconds since the run started.
+
+        Where it can't be written, `failure` and standard error say so.
+        """
         now = time.perf_counter()
         steps_per_s = (step - self._last[0]) / (now - self._last[1])
         self._before += now - self._last[1]
         entry = metrics | {"steps_per_s": steps_per_s, "samples_per_s": steps_per_s * batch_size,
                            "input_wait_s": waited - self._waited, "seconds": self._before}
         self._last, self._waited = (step, now), waited
-        if self._file is not None:
-            with files.named(self._path):
-                self._file.write(json.dumps({"step": step} | entry, allow_nan=False) + "\n")
-                self._file.flush()
+        self._unwritten += json.dumps({"step": step} | entry, allow_nan=False).encode() + b"\n"
+        self._write()
         if self._board is not None:
             for name, value in entry.items():
                 self._board.add_scalar(name, value, step)
         return entry
 
+    def _write(self) -> None:
+        if self._file is None:
+            self._unwritten = b""
+            return
+        try:
+            with files.named(self._path):
+                while self._unwritten:
+                    self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+                os.fsync(self._file.fileno())
+            self.failure = None
+        except OSError as error:
+            self.failure = error
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Close; raise the failure if lines are still unwritten, unless an error ended the block."""
+        if self.failure is not None and kind is None:
+            self._write()
         for opened in (self._file, self._board):
             if opened is not None:
                 opened.close()
+        if self.failure is not None and kind is None:
+            raise self.failure
 
 
 def _open_board(workdir: pathlib.Path, first: int) -> Any:

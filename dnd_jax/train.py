@@ -6,7 +6,6 @@ The same command again resumes: every step's batch and noise are functions of th
 processes run it as one (`distributed.py`).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from dnd_jax import baselines, checkpoints, cli, distributed, files, guards, inputs, logs, optimizers, pairs, sharding, workdirs
+from dnd_jax import baselines, checkpoints, cli, distributed, guards, inputs, logs, optimizers, pairs, sharding, workdirs
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, norm_ratio, token_loss
@@ -167,10 +166,14 @@ def make_validate(config: ml_collections.ConfigDict, tasks: Sequence[pairs.Task]
     if not tasks:
         return lambda params: {}
     evaluate = jax.jit(make_evaluate(decoder, mask, importance), out_shardings=sharding.replicated(mesh))
-    batch, draws = sharding.put_filled(mesh, *validation_batch(tasks, config)), config.train.validation_draws
+    batch = validation_batch(tasks, config)
+    count = len(batch[0])
+    size = min(count, max(1, config.train.batch_size // config.train.accumulate))  # what a step has room for
+    chunks = [np.arange(start, start + size) % count for start in range(0, count, size)]  # all alike: one compilation
 
     def validate(params: Params) -> dict[str, float]:
-        losses = np.asarray(evaluate(params, *batch))[: len(tasks) * draws].reshape(len(tasks), draws).mean(1)
+        found = [evaluate(params, *sharding.put_filled(mesh, *(a[rows] for a in batch)))[:size] for rows in chunks]
+        losses = np.concatenate([np.asarray(part) for part in found])[:count].reshape(len(tasks), -1).mean(1)
         return {"validation_loss": float(losses.mean())} | {
             f"validation_loss/{task.name}": float(loss) for task, loss in zip(tasks, losses, strict=True)}
 
@@ -184,14 +187,18 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     """Train from the latest sound checkpoint, or from the start, to `config.train.steps`.
 
     Writes `checkpoints/<step>` every `validate_every` steps, with the losses on the validation tasks, which choose the best
-    one, and appends to `metrics.jsonl`. SIGTERM saves the step under way and returns.
+    one, and appends to `metrics.jsonl`. SIGTERM saves the step under way, not validated, and returns.
 
     Raises:
       FloatingPointError: a loss, a gradient or a parameter that isn't finite, before anything of it is saved.
-      OSError: a checkpoint can't be written, at once or, where `on_failed_save` is "continue", if it was the last one.
+      OSError: a checkpoint or the log can't be written, at once or, where `on_failed_save` is "continue", in the end if it was
+        the last checkpoint, or the log still can't.
     """
     if config.train.on_failed_save not in ("stop", "continue"):
         raise InputError(f"config.train.on_failed_save is {config.train.on_failed_save!r}, expected 'stop' or 'continue'")
+    for name in ("accumulate", "log_every", "prefetch", "validate_every"):
+        if config.train[name] < 1:
+            raise InputError(f"config.train.{name} is {config.train[name]}, expected at least 1")
     with guards.until_terminated() as terminated:
         _train(config, store, workdir, terminated)
 
@@ -207,7 +214,7 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
         raise InputError(f"config.train.calibrate is set, but conditions of {decoder.length} positions are shortened first")
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder), t.keep_last, t.keep_every)
     state = make_state(config, decoder, mesh, tasks if t.calibrate else (), checkpointer.restore)
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    places = sharding.of_state(mesh, state)  # not the arrays' own: Orbax restores the key with the sharding of one more axis
     sharding.check_moments(state)
     train_step = jax.jit(make_train_step(config, decoder, mesh, mask, store.importance), donate_argnums=0,
                          out_shardings=(places, None))
@@ -219,15 +226,16 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
     watch = guards.Watch(names, checkpointer.last_good)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0,
                disable=not distributed.is_first())
-    with (contextlib.closing(checkpointer), logs.MetricsLog(workdir, first, distributed.is_first(), t.tensorboard) as log,
+    with (checkpointer, logs.MetricsLog(workdir, first, distributed.is_first(), t.tensorboard) as log,
           inputs.Prefetch(inputs.make_read(config, tasks, mesh), first, t.steps, t.prefetch) as batches):
         for step, batch in zip(bar, batches, strict=False):
             done = step + 1
             state, metrics = train_step(state, *batch)
             watch.follow(done, metrics)
             stops = terminated(done)
-            validates = done % t.validate_every == 0 or done == t.steps or stops
-            if not (validates or done % t.log_every == 0):
+            validates = done % t.validate_every == 0 or done == t.steps
+            saves = validates or stops  # what is saved on SIGTERM isn't validated, which may take longer than is left
+            if not (saves or done % t.log_every == 0):
                 continue
             watch.check()
             if checkpointer.failed() and t.on_failed_save == "stop":
@@ -235,27 +243,30 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
             entry = {name: float(value) for name, value in metrics.items()} | {"learning_rate": float(rate(step))}
             if validates:
                 entry |= validate(state.params)
+            if saves:
                 overflow = {} if guards.all_finite(state) else {"a parameter or moment after the update": math.inf}
                 guards.check_finite(entry | overflow, done, names, checkpointer.last_good)
             entry = log.append(done, entry, t.batch_size, batches.wait_s)
+            if log.failure and t.on_failed_save == "stop":
+                raise log.failure
             bar.set_postfix(loss=f"{entry['loss']:.4f}")
-            if validates:
+            if saves:
                 checkpointer.save(done, state, entry)
             if stops:
                 checkpointer.wait()
                 if checkpointer.failure is None:
-                    print(f"terminated: step {done} is saved, the same command goes on from there")
+                    print(f"terminated: step {done} is saved, the same command goes on from there", flush=True)
                 return
 
 
 def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperConvDecoder) -> dict[str, Any]:
-    """Return what a checkpoint must say so that one can generate from it alone."""
+    """Return what a checkpoint must say so that one can generate from it, given what adapters hold beside A and B."""
     return {
         "config": json.loads(cli.config_json(config)), "features": [list(map(int, f)) for f in decoder.features],
         "length": decoder.length,
         "kernel_size": decoder.kernel_size, "layout": store.layout.to_json(), "spec": store.manifest["spec"],
         "encoder": store.manifest["encoder"], "base": store.manifest["base"], "carried": keys.count_kinds(store.spec),
-        "averaged": store.manifest["averaged"],
+        "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED), "averaged": store.manifest["averaged"],
         "embeddings": {t.name: baselines.pool(t.condition).round(6).tolist() for t in store.split("train")},
     }
 
@@ -281,8 +292,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
     def claim() -> None:
         workdirs.claim(config, workdir)
-        if store.spec.carried:
-            files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
+        workdirs.keep_store(store, workdir)
 
     distributed.by_first(claim)
     train(config, store, workdir)

@@ -2,17 +2,18 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import ml_collections
 
-from dnd_jax import cli, files
+from dnd_jax import cli, files, pairs
 from dnd_jax.types import InputError
 
 # Fields that change no parameter of a run but by rounding; another value may resume it. `train.steps` is not among them: the
 # learning rate falls to zero at the last step.
-FREE = frozenset({"mesh.data", "mesh.fsdp", "mesh.tensor", "train.prefetch", "train.log_every", "train.tensorboard",
-                  "train.keep_last", "train.keep_every", "train.on_failed_save"})
+FREE = re.compile(r"evaluate\..*|mesh\.(data|fsdp|tensor)|"
+                  r"train\.(accumulate|remat|prefetch|log_every|tensorboard|keep_last|keep_every|on_failed_save)")
 
 
 def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -21,17 +22,33 @@ def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       InputError: another run is using the workdir, or it has another config; the message names every field and both values.
     """
+    files.lock(workdir)
     path = workdir / "config.json"
     new = json.loads(cli.config_json(config))
     old = files.read_json(path) if path.exists() else None
     if old is not None:
-        found = {field: values for field, values in differences(old, new).items() if field not in FREE}
+        found = {field: values for field, values in differences(old, new).items() if not FREE.fullmatch(field)}
         if found:
             raise InputError("; ".join(f"{path}: {field} is {old!r}, the config given says {given!r}"
                                        for field, (old, given) in sorted(found.items())))
-    files.lock(workdir)
     if old != new:
         files.write_text(path, cli.config_json(config) + "\n")
+
+
+def keep_store(store: pairs.Store, workdir: pathlib.Path) -> None:
+    """Record in a new workdir which store it is trained on, with a copy of what adapters hold beside A and B.
+
+    Raises:
+      InputError: the run was begun on other files, so that it could not go on with the same batches.
+    """
+    path, found = workdir / pairs.SEAL, files.sha256_file(store.folder / "manifest.json")
+    known = path.read_text(errors="replace") if path.exists() else found
+    if known != found:
+        raise InputError(f"{store.folder / 'manifest.json'}: sha256 is {found[:12]}..., {path} says {known[:12]}...: the store "
+                         "has changed since this run began; use another workdir")
+    if store.spec.carried:
+        files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
+    files.write_text(path, found)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

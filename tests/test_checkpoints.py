@@ -75,7 +75,7 @@ def fails(error):
 @pytest.mark.parametrize("processes,hashes,error", [
     (1, True, ValueError("structures differ")), (1, True, OSError("Input/output error")), (1, False, MemoryError("of the host")),
     (1, False, RuntimeError("RESOURCE_EXHAUSTED: Out of memory")), (2, False, ValueError("cut short"))])
-def test_what_keeps_a_sound_checkpoint_from_loading_ends_the_run_and_changes_nothing(folder, monkeypatch, processes, hashes, error):
+def test_what_keeps_a_sound_checkpoint_from_loading_ends_the_run_there(folder, monkeypatch, processes, hashes, error):
     """Nor, of several processes, does what one of them can't load: others may."""
     if not hashes:
         (folder / "3" / checksums.NAME).unlink()

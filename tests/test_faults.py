@@ -88,31 +88,75 @@ def test_a_checkpoint_with_a_changed_byte_is_set_aside_and_training_goes_on_to_t
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads call the loop it has closed
-@pytest.mark.parametrize("choice,logged", [("stop", 4), ("continue", 6)])
-def test_a_run_whose_checkpoints_fail_stops_or_goes_on_by_the_configs_choice(folder, capsys, choice, logged):
-    """Checkpoints 2 and 4 fit, since files are small enough; then none does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    config = tiny_config("store", on_failed_save=choice)
-    saved = checkpoints.Checkpointer.save
+@contextlib.contextmanager
+def full_from(first, limit, last=None):
+    """Let no file grow beyond a limit from one checkpoint of a run on, or until another one."""
+    before, saved = resource.getrlimit(resource.RLIMIT_FSIZE), checkpoints.Checkpointer.save
 
     def save(self, step, state, metrics):
-        if step == 4:
+        if step in (first, last):
             self.wait()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit if step == first else before[0], before[1]))
         saved(self, step, state, metrics)
         self.wait()  # so that the run notices before its next line
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints.Checkpointer, "save", save)
         try:
-            with pytest.raises(OSError, match=r"checkpoints/\d: this checkpoint is not written: .*last good .*checkpoints/2$"):
-                train.run(config, folder / "full")
+            yield
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "checkpoints/4: this checkpoint is not written" in capsys.readouterr().err
+
+
+ORBAX_LOOP = "ignore::pytest.PytestUnraisableExceptionWarning"  # its threads call the loop it has closed
+NOT_SAVED = r"checkpoints/\d: this checkpoint is not written: .*last good .*checkpoints/2$"
+NOT_LOGGED = r"full/metrics.jsonl: not written: File too large$"
+
+
+@pytest.mark.filterwarnings(ORBAX_LOOP)
+@pytest.mark.parametrize("choice,limit,logged,said", [  # files of checkpoints fit or don't, and so does the log
+    ("stop", 2500, 4, NOT_SAVED), ("continue", 2500, 6, NOT_SAVED),
+    ("stop", 900, 4, NOT_SAVED), ("continue", 900, 4, NOT_LOGGED)])
+def test_a_run_that_cannot_write_stops_or_goes_on_by_the_configs_choice(folder, capsys, choice, limit, logged, said):
+    config = tiny_config("store", on_failed_save=choice)
+    with full_from(4, limit), pytest.raises(OSError, match=said):
+        train.run(config, folder / "full")
+    errors = capsys.readouterr().err
+    assert "checkpoints/4: this checkpoint is not written" in errors
+    assert ("checkpoints/6: this" in errors) == (choice == "continue") and ("metrics.jsonl" in errors) == (said == NOT_LOGGED)
     assert len(logs.read_metrics(folder / "full")) == logged
     train.run(config, folder / "full")
     assert checkpoints.load_latest(folder / "full" / "checkpoints")[0] == 6
+    assert [entry["step"] for entry in logs.read_metrics(folder / "full")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings(ORBAX_LOOP)
+def test_a_disk_that_is_full_for_a_while_costs_only_that_checkpoint(folder, capsys):
+    with full_from(4, 900, last=6):
+        train.run(tiny_config("store", on_failed_save="continue"), folder / "full")
+    assert "full/metrics.jsonl: not written: File too large" in capsys.readouterr().err
+    assert {path.name for path in (folder / "full" / "checkpoints").iterdir()} == {"2", "6"}
+    log, whole = (logs.read_metrics(folder / run) for run in ("full", "run"))
+    assert [(entry["step"], entry["loss"]) for entry in log] == [(entry["step"], entry["loss"]) for entry in whole]
+
+
+def test_a_failed_save_does_not_hide_a_loss_that_is_not_finite(folder, monkeypatch):
+    def watch(self, step, metrics):
+        if step == 5:
+            raise FloatingPointError("step 5: loss is nan")
+
+    monkeypatch.setattr(train.guards.Watch, "follow", watch)
+    with full_from(4, 2500), pytest.raises(FloatingPointError, match="step 5: loss is nan"):
+        train.run(tiny_config("store", on_failed_save="continue"), folder / "full")
+
+
+def test_a_run_does_not_go_on_with_another_store(folder):
+    shutil.rmtree(folder / "store")
+    make_store(folder / "store", np.random.default_rng(1))
+    known = (folder / "run" / pairs.SEAL).read_text()
+    with pytest.raises(InputError, match=rf"store/manifest.json: sha256 is .*run/{pairs.SEAL} says {known[:12]}.*the store has"):
+        RESUME(folder)
+    assert (folder / "run" / pairs.SEAL).read_text() == known
 
 
 @contextlib.contextmanager

@@ -323,6 +323,7 @@ def test_sigterm_saves_and_a_second_run_is_kept_out(tmp_path, store):
     assert process.returncode == 0 and "terminated: step" in stdout
     step, _ = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
     assert step == read_log(tmp_path / "run")[-1]["step"] >= 20 and f"step {step} is saved" in stdout
+    assert "validation_loss" not in read_log(tmp_path / "run")[-1]  # there may not be the time for it
 
 
 def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
@@ -330,8 +331,34 @@ def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
     with pytest.raises(InputError) as caught:
         workdirs.claim(tiny_config(store, steps=7, batch_size=9), tmp_path / "run")
     assert "train.batch_size is 8, the config given says 9" in str(caught.value) and "train.steps is 6" in str(caught.value)
-    free = {"log_every": 3, "keep_last": 5, "keep_every": 10, "on_failed_save": "continue", "tensorboard": True, "prefetch": 1}
-    workdirs.claim(tiny_config(store, **free), tmp_path / "run")
+    free = {"log_every": 3, "keep_last": 5, "keep_every": 10, "on_failed_save": "continue", "tensorboard": True, "prefetch": 1,
+            "accumulate": 2, "remat": True}
+    config = tiny_config(store, **free).unlock()
+    config.evaluate.scoring = "choice"
+    workdirs.claim(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["accumulate", "log_every", "prefetch", "validate_every"])
+def test_numbers_below_one_are_refused_before_anything_is_written(tmp_path, store, name):
+    with pytest.raises(InputError, match=rf"config\.train\.{name} is 0, expected at least 1"):
+        train.train(tiny_config(store, **{name: 0}), pairs.open_store(store), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_takes_no_more_at_once_than_a_microbatch_and_is_the_same(tmp_path, rng, monkeypatch):
+    opened = pairs.open_store(make_store(tmp_path / "store", rng, validation=3))
+    found, sizes, put = [], [], sharding.put_filled
+    monkeypatch.setattr(sharding, "put_filled", lambda mesh, *arrays: sizes.append(len(arrays[0])) or put(mesh, *arrays))
+    for accumulate in (1, 8):  # 8 examples at once and one
+        config, mesh = tiny_config(tmp_path / "store", accumulate=accumulate), sharding.make_mesh()
+        decoder = train.make_decoder(config, opened)
+        mask = ~np.isnan(opened.tasks[0].tokens[0])
+        validate = train.make_validate(config, opened.split("validation"), decoder, mesh, mask, opened.importance)
+        found.append(validate(train.make_state(config, decoder, mesh).params))
+    assert set(sizes[:2]) == {8} and set(sizes[2:]) == {1} and len(sizes) == 2 + 12
+    assert found[0].keys() == found[1].keys() == {"validation_loss", *(f"validation_loss/task{i}" for i in (3, 4, 5))}
+    np.testing.assert_allclose(list(found[0].values()), list(found[1].values()), rtol=1e-6)
+    assert len(set(found[0].values())) == 4
 
 
 def test_the_keep_policy_is_the_configs(tmp_path, store):
