@@ -76,26 +76,34 @@ def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, rng, victim, numb
 
 
 COMMAND = "python -m dnd_jax.train --config="
-# In place of the cluster's commands: the training process waits for SIGTERM, says so as the real one does, and exits 0.
+# In place of the cluster's commands: the training process waits for SIGTERM and exits 0; the second time it ends by itself.
 STUBS = {
-    "srun": 'exec "$@" >> train-$SLURM_JOB_ID.log',
+    "srun": 'exec "$@"',
     "python": """echo "$@" > arguments
+[ -e started ] && exit "${STATUS:-0}"
 trap "echo terminated: step 3 is saved; exit 0" TERM
 touch started
 while :; do sleep 0.05; done""",
-    "scontrol": 'echo "$@" > scontrol.arguments',
+    "scontrol": 'echo "$@" >> scontrol.arguments',
 }
 
 
-def test_sbatch_runs_the_command_and_requeues_what_was_terminated(tmp_path):
-    script = CLUSTER / "train.sbatch"
-    assert COMMAND in script.read_text() and "#SBATCH --requeue" in script.read_text()
+@pytest.fixture
+def cluster(tmp_path):
+    """Return what starts an element of a sweep by the script, with the stubs of a cluster."""
     for name, text in STUBS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "sweep").write_text("--workdir=a\n--workdir=b --config.train.learning_rate=1e-4\n")
+    (tmp_path / "sweep").write_text("--workdir=a\n--workdir=b --config.train.learning_rate=1e-4")  # no line break at its end
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SWEEP": "sweep"}
-    process = subprocess.Popen(["bash", script, "x.py:v", "--config.seed=1"], cwd=tmp_path, env=env)
+    return lambda **more: subprocess.Popen(["bash", CLUSTER / "train.sbatch", "x.py:v", "--config.seed=1"], cwd=tmp_path,
+                                           env=env | more)
+
+
+def test_sbatch_runs_the_command_and_requeues_what_was_terminated_but_not_what_ended(tmp_path, cluster):
+    text = (CLUSTER / "train.sbatch").read_text()
+    assert COMMAND in text and "#SBATCH --requeue" in text
+    process = cluster()
     while not (tmp_path / "started").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -103,6 +111,8 @@ def test_sbatch_runs_the_command_and_requeues_what_was_terminated(tmp_path):
     assert process.wait(20) == 0
     assert (tmp_path / "arguments").read_text().split() == [
         "-m", "dnd_jax.train", "--config=x.py:v", "--config.seed=1", "--workdir=b", "--config.train.learning_rate=1e-4"]
+    assert (tmp_path / "scontrol.arguments").read_text().split() == ["requeue", "7"]
+    assert [cluster().wait(20), cluster(STATUS="3").wait(20)] == [0, 3]
     assert (tmp_path / "scontrol.arguments").read_text().split() == ["requeue", "7"]
 
 

@@ -173,23 +173,40 @@ def test_one_device_equals_every_mesh_of_eight(tmp_path, on_one_device):
 
 
 def test_two_processes_of_four_devices_equal_one_of_one(tmp_path, on_one_device):
-    """Found by SLURM's variables; the run that they began goes on in one process."""
+    """The run that they began goes on in one process."""
     store, _, log = on_one_device
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    pair = []
-    for i in range(2):
-        env = {**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "PYTHONPATH": str(ROOT),
-               "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-        command = [*train_command(store, tmp_path / "run"), "--config.mesh.data=4", "--config.mesh.tensor=2"]
-        pair.append(subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True))
-    (_, first), (out, second) = [process.communicate() for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], first[-2000:] + second[-2000:]
+    (_, first), (out, second) = train_by_two(store, tmp_path / "run")
     assert_same_losses(log, read_log(tmp_path / "run"))
     assert "train:" in first and not out and "train:" not in second
     resumed = unfinished(tmp_path / "run", tmp_path / "resumed")
     train.train(tiny_config(store), pairs.open_store(store), resumed)
     assert_same_losses(log, read_log(resumed))
+
+
+def train_by_two(store, workdir):
+    """Train by two processes of four devices each, which find each other by SLURM's variables; return what they print."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    command, pair = [*train_command(store, workdir), "--config.mesh.data=4", "--config.mesh.tensor=2"], []
+    for i in range(2):
+        env = {**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "PYTHONPATH": str(ROOT),
+               "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        pair.append(subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True))
+    said = [process.communicate() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
+    return said
+
+
+def test_two_processes_go_on_exactly_where_they_were_before_a_damaged_checkpoint(tmp_path, on_one_device):
+    store, _, log = on_one_device
+    train_by_two(store, tmp_path / "run")
+    whole = without_times(tmp_path / "run")
+    damaged = max((tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x00")
+    (out, _), _ = train_by_two(store, tmp_path / "run")
+    assert "checkpoints/6: damaged" in out and (tmp_path / "run" / "checkpoints" / "6.damaged").is_dir()
+    assert without_times(tmp_path / "run") == whole
+    assert_same_losses(log, whole)
 
 
 def take_steps(config, decoder, batch, count):
