@@ -28,6 +28,7 @@ from dnd_jax import checksums, distributed, files
 from dnd_jax.types import InputError, Params
 
 METRICS = "metrics/metrics"
+SAVE_S = 600  # a save that takes longer has failed; of several processes, the others wait so long for one that could not write
 
 
 def merit(metrics: dict[str, float] | None) -> float:
@@ -45,7 +46,8 @@ class Checkpointer:
     """
 
     def __init__(self, folder: files.PathLike, about: dict[str, Any], last: int = 2, every: int = 0):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # failures are reported here
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").addFilter(self._hear)
         self._folder = pathlib.Path(folder).resolve()
         self._about = about
         policies = ocp.training.preservation_policies
@@ -53,6 +55,7 @@ class Checkpointer:
         self._keep = policies.AnyPreservationPolicy([*keep, policies.EveryNSteps(every)] if every else keep)
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._watcher: threading.Thread | None = None
+        self._step = -1
         self.failure: OSError | None = None
         distributed.by_first(functools.partial(_tidy, self._folder))
 
@@ -94,29 +97,36 @@ class Checkpointer:
         self.wait()
         if self.failure is not None:
             self._close()
-        self.failure = None
+        self.failure, self._step = None, step
         metrics = {name: float(value) for name, value in metrics.items()}
         try:
             self._checkpointer = self._checkpointer or self._open()
             response = self._checkpointer.save_checkpointables_async(
                 step, {"state": state}, metrics=metrics, custom_metadata=self._about, force=True)
         except Exception as error:  # of the file system, in whatever class Orbax and TensorStore wrap it
-            self._fail(step, error)
+            self._fail(error)
             return
-        self._watcher = threading.Thread(target=self._watch, args=(step, response), name="checkpoint")
+        self._watcher = threading.Thread(target=self._watch, args=(step, response), name="checkpoint", daemon=True)
         self._watcher.start()
 
     def _open(self) -> ocp.training.Checkpointer:
-        return ocp.training.Checkpointer(
-            self._folder, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=self._keep, cleanup_tmp_directories=True)
+        with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_S)):
+            return ocp.training.Checkpointer(
+                self._folder, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=self._keep, cleanup_tmp_directories=True)
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        """Keep Orbax's log to ourselves, and hear in it at once of a failed write, whose process may wait for others first."""
+        if record.exc_info and record.exc_info[1] and record.filename == "async_checkpointer.py":
+            self._fail(record.exc_info[1])
+        return False
 
     def _watch(self, step: int, response: Any) -> None:
         """Wait until a checkpoint is committed, then record its hashes; a kill in between costs the hashes only."""
         try:
             response.result()
         except Exception as error:
-            self._fail(step, error)
+            self._fail(error)
             return
         try:
             if distributed.is_first():
@@ -124,16 +134,19 @@ class Checkpointer:
         except OSError as error:  # as after a kill, damage is then noticed only where it keeps Orbax from loading
             print(f"\nwarning: {self._folder / str(step)} is written, but not its hashes: {error}", file=sys.stderr, flush=True)
 
-    def _fail(self, step: int, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:500]
-        self.failure = OSError(f"{self._folder / str(step)}: this checkpoint is not written: {reason}")
-        print(f"\nerror: {self.failure}", file=sys.stderr, flush=True)
+    def _fail(self, error: BaseException | str) -> None:
+        if self.failure is None:
+            reason = " ".join(str(error).split())[:500]
+            self.failure = OSError(f"{self._folder / str(self._step)}: this checkpoint is not written: {reason}")
+            print(f"\nerror: {self.failure}", file=sys.stderr, flush=True)
 
     def failed(self) -> bool:
         """Tell whether the latest save has failed by now, in any process; the same answer in all of them."""
-        if jax.process_count() == 1:
-            return self.failure is not None
-        return bool(multihost_utils.process_allgather(np.array(self.failure is not None)).any())
+        if jax.process_count() > 1:
+            failed = multihost_utils.process_allgather(np.array(self.failure is not None))
+            if failed.any():
+                self._fail(f"process {np.argmax(failed)} of {len(failed)} could not write its part")
+        return self.failure is not None
 
     def wait(self) -> None:
         """Block until the save under way is on disk or has failed."""
@@ -151,9 +164,12 @@ class Checkpointer:
         self._checkpointer = None
 
     def close(self) -> None:
-        """Finish the save under way; raise OSError if the latest save failed."""
+        """Finish the save under way; raise OSError if the latest save failed, of several processes at once: others may wait."""
+        if self.failure is not None and jax.process_count() > 1:
+            raise self.failure
         self.wait()
         self._close()
+        logging.getLogger("absl").removeFilter(self._hear)
         if self.failure is not None:
             raise OSError(f"{self.failure}; {self.last_good()}") from self.failure
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +19,7 @@ from safetensors import SafetensorError
 from dnd_jax.types import InputError
 
 PathLike = str | os.PathLike[str]
+NEW_S = 60  # seconds in which a temporary folder is left alone
 _LOCKED: set[pathlib.Path] = set()  # by this process
 
 
@@ -42,16 +46,45 @@ def atomic_folder(final: PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def temporary_folder(final: PathLike) -> Iterator[pathlib.Path]:
-    """Yield a new folder beside `final`; what is still there when the block ends is removed."""
+    """Yield a new folder beside `final`; what is still there when the block ends is removed, after a kill by this host's next."""
     final = pathlib.Path(final)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    for path in final.parent.glob(f"{glob.escape(f'.{final.name}.tmp-{socket.gethostname()}')}-*"):
+        if _abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
+    temporary = _temporary(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         with named(final):
             yield temporary
     finally:
+        os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(final: pathlib.Path) -> pathlib.Path:
+    """Return a name that no other process uses, on no host that shares the file system."""
+    return final.with_name(f".{final.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+
+
+def _abandoned(folder: pathlib.Path) -> bool:
+    """Tell whether the process of a temporary folder is gone, and with it the lock; a new folder may have none yet."""
+    try:
+        if time.time() - folder.stat().st_mtime < NEW_S:
+            return False
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def publish(temporary: pathlib.Path, final: PathLike) -> None:
@@ -67,7 +100,8 @@ def publish(temporary: pathlib.Path, final: PathLike) -> None:
         old = final.with_name(f".{final.name}.old-{os.getpid()}")
         os.rename(final, old)
         os.rename(temporary, final)
-        shutil.rmtree(old)
+        for path in final.parent.glob(f"{glob.escape(f'.{final.name}.old')}-*"):
+            shutil.rmtree(path, ignore_errors=True)
     else:
         os.rename(temporary, final)
     sync(final.parent)
@@ -84,7 +118,7 @@ def check_link(name: PathLike) -> pathlib.Path:
 def link(name: PathLike, target: pathlib.Path) -> None:
     """Make `name` a relative symbolic link to `target`, replacing a link of that name at once."""
     path = check_link(name)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _temporary(path)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, path.parent), target_is_directory=True)
     os.replace(temporary, path)
@@ -94,7 +128,8 @@ def link(name: PathLike, target: pathlib.Path) -> None:
 def lock(folder: PathLike) -> None:
     """Make a folder this process's own until it ends, however it ends; raise InputError if it is another process's.
 
-    Locks are the operating system's, so that none outlives its process; some network file systems have none across hosts.
+    Locks are the operating system's, so that none outlives its process. Some network file systems have none across hosts, or
+    none at all, which standard error then says.
     """
     folder = pathlib.Path(folder).resolve()
     if folder in _LOCKED:
@@ -110,6 +145,9 @@ def lock(folder: PathLike) -> None:
         owner = os.pread(descriptor, 100, 0).decode(errors="replace")
         os.close(descriptor)
         raise InputError(f"{folder}: is in use by {owner or 'another process'}") from error
+    except OSError as error:
+        print(f"warning: {folder}: this file system has no locks ({error.strerror}), so see to it that no other run writes there",
+              file=sys.stderr, flush=True)
     _LOCKED.add(folder)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -120,7 +158,7 @@ def atomic_file(final: PathLike) -> Iterator[pathlib.Path]:
     """Yield a path beside `final`; what is written there takes that name when the block ends without error."""
     final = pathlib.Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    temporary = _temporary(final)
     try:
         with named(final):
             yield temporary

@@ -31,7 +31,7 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, first: int, writes: bool = True, tensorboard: bool = False):
         self._path, self._file, self._board = workdir / NAME, None, None
-        self._unwritten, self.failure = b"", None
+        self._unwritten, self.failure = b"", None  # type: bytes, OSError | None
         self._last, self._before, self._waited = (first, time.perf_counter()), 0.0, 0.0
         if not writes:
             return

@@ -26,7 +26,7 @@ import safetensors.numpy
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dnd_jax import checkpoints, cli, encoders, files, tokens, train
+from dnd_jax import checkpoints, cli, encoders, files, tokens, train, workdirs
 from dnd_jax.adapters.architecture import spec_of_model
 from dnd_jax.adapters.tensor_files import TensorFile
 from dnd_jax.types import InputError, Params
@@ -172,7 +172,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
     """Write a workdir of one checkpoint, at step 0, with the decoder that the config describes.
 
     Raises:
-      InputError: a parameter of another shape than the config's decoder has; nothing is written.
+      InputError: a parameter of another shape than the config's decoder has, or a workdir with checkpoints; nothing is written.
     """
     shapes = config.get("model") or files.read_json(f"{config.base}/config.json")
     spec = spec_of_model(shapes, config.collect.rank, config.collect.target_modules)
@@ -193,7 +193,9 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
         "encoder": config.encoder.to_dict(), "base": {"name": config.base, "sha256": "not recorded"},
         "carried": {}, "averaged": [], "embeddings": {},
     }
-    files.write_text(workdir / "config.json", cli.config_json(config) + "\n")
+    workdirs.claim(config, workdir)
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        raise InputError(f"{workdir}: holds checkpoints; import into another workdir")
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about)
     checkpointer.save(0, {"params": params}, {})
     checkpointer.close()

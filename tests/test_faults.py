@@ -1,10 +1,15 @@
 """What breaks around a run: bytes that change, disks that are full or can't be written. Nothing is lost unsaid."""
 
 import contextlib
+import errno
+import fcntl
 import json
+import os
 import resource
 import shutil
+import socket
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -212,6 +217,35 @@ def test_a_full_disk_names_the_file_that_is_not_written(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(path.name for path in tmp_path.rglob("*") if "tmp" in path.name or path.name == "store") == []
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_another_is_writing(tmp_path):
+    host, old = socket.gethostname(), time.time() - 2 * files.NEW_S
+    left, used, new, elsewhere = (tmp_path / f".store.tmp-{name}" for name in (f"{host}-1", f"{host}-2", f"{host}-3", "host-1"))
+    replaced = tmp_path / ".store.old-1"
+    for path in (left, used, new, elsewhere, replaced):
+        path.mkdir()
+        if path != new:
+            os.utime(path, (old, old))
+    descriptor = os.open(used, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    for _ in range(2):
+        with files.atomic_folder(tmp_path / "store") as folder:
+            os.utime(folder, (old, old))
+    os.close(descriptor)
+    assert {path.name for path in tmp_path.iterdir()} == {"store", used.name, new.name, elsewhere.name}
+
+
+def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypatch, capsys):
+    def flock(descriptor, flags):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    files.lock(tmp_path / "run")
+    assert f"warning: {tmp_path}/run: this file system has no locks (Function not implemented)" in capsys.readouterr().err
+    with files.atomic_folder(tmp_path / "store"):
+        pass
+    assert (tmp_path / "store").is_dir()
 
 
 def write_folder(tmp_path):

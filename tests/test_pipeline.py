@@ -90,10 +90,10 @@ def test_generated_folder_loads_in_peft_and_acts(root, smoke, tmp_path):
     np.testing.assert_array_equal(state["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"], written)
 
 
-def generate(root, folder, *options):
+def generate(root, folder, *options, check=True):
     (folder / "prompts.txt").write_text("how zib is the thing :\n")
     return run_module("dnd_jax.generate", f"--workdir={root}/run", f"--prompts={folder}/prompts.txt",
-                      f"--out={folder}/mine", *options, cwd=root.parent.parent)
+                      f"--out={folder}/mine", *options, cwd=root.parent.parent, check=check)
 
 
 def test_generated_folder_is_addressed_by_content_and_has_a_card(root, tmp_path):
@@ -138,6 +138,10 @@ def test_dora_runs_train_and_generate_saying_what_is_not_generated(smoke, tmp_pa
     last = [sorted((root / "adapters" / name).glob("step_*"))[-1] for name, entry in tasks.items() if entry["split"] == "train"]
     expected = np.mean([next(iter(adapters.read(folder)[1].carried.values()))[0] for folder in last])
     assert len(spec.carried) == 9 and all((value == np.float32(expected)).all() for value in spec.carried.values())
+    path = root / "run" / pairs.CARRIED
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    done = generate(root, tmp_path, check=False)
+    assert done.returncode == 1 and f"{pairs.CARRIED}: sha256 is" in done.stderr and "the checkpoint says" in done.stderr
 
 
 @pytest.fixture(scope="module")

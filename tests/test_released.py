@@ -67,6 +67,8 @@ def test_a_decoder_with_the_long_prompts_projection_goes_both_ways(tmp_path):
     assert state["down_proj.weight"].shape == (5, 14) and state["gate_proj.bias"].shape == (5,)
     torch.save({"state_dict": {name: torch.tensor(value) for name, value in state.items()}}, tmp_path / "theirs.pth")
     released.import_checkpoint(config, released.read_state(tmp_path / "theirs.pth", 10**8), tmp_path / "workdir")
+    with pytest.raises(InputError, match="workdir: holds checkpoints; import into another"):
+        released.import_checkpoint(config, state, tmp_path / "workdir")
     generator = generate.Generator(tmp_path / "workdir")
     ours = flatten_dict(generator(condition[0]), sep="/")
     expected = flatten_dict(tokens.decode(np.asarray(decoder.apply({"params": params}, condition)[0]), layout), sep="/")

@@ -5,9 +5,9 @@
 
 Where the config's store isn't there, one of random values with the config's shapes is written to a temporary folder; without
 an accelerator `--scale` (8 by default) divides its widths as in `overhead.py`. Rows: the input path alone, from memory maps to
-arrays on the device; the step alone, on one batch again and again; both as in training, with the share of the time in which the
-loop waited for input. Files just written or read are in the page cache: a disk's own speed comes out only with stores larger
-than memory.
+arrays on the device; the step alone, on one batch again and again; both as in training (but that the loop waits for each step),
+with the share of the time in which it waited for input. Files just written or read are in the page cache: a disk's own speed
+comes out only with stores larger than memory.
 """
 
 import pathlib

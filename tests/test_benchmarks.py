@@ -1,0 +1,71 @@
+"""Benchmarks on decoders small enough for a test: their rows, and that what differs from PyTorch is not timed."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, make_store, run_module, tiny_config
+
+from dnd_jax import pairs, train
+from dnd_jax.types import InputError
+from experiments.benchmarks import accelerator, decoder, input
+
+TINY = {"tenants": ((4, 6, 8), (6, 5, 8)), "k11": ((3, 12, 14), (5, 12, 14))}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(decoder, "DECODERS", TINY)
+    for name in ("AT_LEAST", "WARM"):
+        monkeypatch.setattr(decoder, name, 0.0)
+
+
+def test_what_is_measured_without_options_is_what_the_readme_says():
+    rows = set(decoder.rows_of(list(decoder.DECODERS), [5, 9, 11], [1, 16]))
+    names = ("tenants", "small", "wide", "layer")
+    assert rows == {(name, k, batch) for name in names for k in (5, 9, 11) for batch in (1, 16)} | {("k11", 11, 1)}
+
+
+@pytest.mark.parametrize("name,k,whats", [("tenants", 5, ["forward", "step", "kept"]), ("k11", 11, ["forward", "step"])])
+def test_rows_are_ratios_to_the_fastest_setting_in_float32(tiny, name, k, whats):
+    rows = decoder.measure(name, k, 2, 1, 1, [False])
+    assert [row["what"] for row in rows] == whats
+    for row in rows:
+        full = {setting: ms for setting, ms in row["ms"].items() if setting != "ours" and "bf16" not in setting}
+        assert row["best"] == min(full, key=full.get)
+        assert row["ratio"] == pytest.approx(min(full.values()) / row["ms"]["ours"], 0.1)  # of rounded milliseconds
+        assert set(full) == {"eager", "eager channels-last"} and 0 < row["error"] < 1e-5
+        assert re.match(rf"{name} +k={k} +batch 2 +1 core +{row['what']}", decoder.report(row))
+
+
+@pytest.mark.parametrize("what", ["forward", "step"])
+def test_results_that_differ_from_pytorchs_are_not_timed(tiny, monkeypatch, what):
+    ours = decoder.ours
+
+    def changed(*args):
+        calls = ours(*args)
+        return calls | {what: lambda: jax.tree.map(lambda a: np.asarray(a) * (1 + 1e-4), calls[what]())}
+
+    monkeypatch.setattr(decoder, "ours", changed)
+    with pytest.raises(InputError, match="tenants, k=5: results differ from PyTorch's by 1"):
+        decoder.measure("tenants", 5, 2, 1, 1, [False])
+
+
+def test_floors_are_those_of_the_direct_convolution():
+    lines = accelerator.floors().splitlines()
+    assert "790 TFLOP/s" in lines[0] and [line.split()[0] for line in lines[1:]] == list(accelerator.CONFIGS)
+    assert "53.1 TFLOP" in lines[4] and "adapter 67.2 ms" in lines[4]
+
+
+def test_input_and_step_are_measured_apart_and_together(tmp_path, rng):
+    store = pairs.open_store(make_store(tmp_path / "store", rng))
+    config = tiny_config(tmp_path / "store")
+    found = input.measure(config, train.make_decoder(config, store), store.split("train"), 3)
+    sample = 4 * 5 * 4 * 2 + store.tasks[0].tokens[0].nbytes
+    assert found["bytes"] == sample and 0 <= found["waited"] <= 1 and min(found["input"], found["step"], found["both"]) > 0
+
+
+def test_an_unknown_decoder_is_refused():
+    done = run_module("experiments.benchmarks.decoder", "--only=large", cwd=ROOT, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: --only: ['large'] is none of")
