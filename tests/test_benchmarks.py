@@ -1,13 +1,17 @@
 """Benchmarks on decoders small enough for a test: their rows, and that what differs from PyTorch is not timed."""
 
+import os
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_store, run_module, tiny_config
 
 from dnd_jax import pairs, train
+from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.types import InputError
 from experiments.benchmarks import accelerator, decoder, input
 
@@ -56,6 +60,28 @@ def test_floors_are_those_of_the_direct_convolution():
     lines = accelerator.floors().splitlines()
     assert "790 TFLOP/s" in lines[0] and [line.split()[0] for line in lines[1:]] == list(accelerator.CONFIGS)
     assert "53.1 TFLOP" in lines[4] and "adapter 67.2 ms" in lines[4]
+
+
+def small(_):
+    return HyperConvDecoder(((4, 6, 8), (6, 5, 8)), 5, dtype=jnp.bfloat16)
+
+
+def test_an_accelerators_rows_say_what_is_theirs(monkeypatch):
+    monkeypatch.setattr(accelerator, "decoder_of", small)
+    row = accelerator.measure_ours("0.5b")
+    names = ("ms", "tflops_over_peak", "peak_gb")
+    assert row.keys() == {f"{what}_{name}" for what in ("adapter", "step_batch_1") for name in names}
+    assert min(row["adapter_ms"], row["step_batch_1_ms"]) > 0 and row["adapter_peak_gb"] is None  # a CPU keeps no account
+    assert accelerator.measure_torch("0.5b") == {"failed": "this PyTorch sees no CUDA device"} or torch.cuda.is_available()
+    found = accelerator.errors()
+    assert list(found) == ["float32", "tensorfloat32", "bfloat16", "bfloat16 inputs"]
+    assert 0 < found["float32"] < 1e-6 and 1e-4 < found["bfloat16 inputs"] < 3e-2
+
+
+def test_a_measurement_that_fails_is_a_row_and_costs_no_other():
+    assert accelerator.in_own_process(os._exit, 1)["failed"].startswith("A process in the process pool was terminated")
+    assert accelerator.in_own_process(int, "x") == {"failed": "invalid literal for int() with base 10: 'x'"}
+    assert accelerator.in_own_process(dict, [("a", 1)]) == {"a": 1}
 
 
 def test_input_and_step_are_measured_apart_and_together(tmp_path, rng):

@@ -49,8 +49,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim,number", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP), (1, signal.SIGTERM)])
+@pytest.mark.parametrize("victim,number", [
+    (1, signal.SIGKILL), *(pytest.param(*case, marks=pytest.mark.slow)
+                           for case in ((0, signal.SIGKILL), (1, signal.SIGSTOP), (1, signal.SIGTERM)))])
 def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, rng, victim, number):
     """Within 30 s, with a message and status; after SIGTERM both save the same step and exit with 0."""
     store, port = make_store(tmp_path / "store", rng), free_port()

@@ -209,6 +209,14 @@ def test_two_processes_go_on_exactly_where_they_were_before_a_damaged_checkpoint
     assert_same_losses(log, whole)
 
 
+def test_the_state_is_donated_to_the_step(tmp_path, store, monkeypatch):
+    states, make_state = [], train.make_state
+    monkeypatch.setattr(train, "make_state", lambda *args: states.append(make_state(*args)) or states[0])
+    train.train(tiny_config(store), pairs.open_store(store), tmp_path / "run")
+    leaves = jax.tree.leaves((states[0].params, states[0].opt_state))
+    assert len(leaves) > 20 and all(leaf.is_deleted() for leaf in leaves)
+
+
 def take_steps(config, decoder, batch, count):
     """Return the losses of some steps on one batch with fresh noise, the state after them and the step's jaxpr."""
     mesh = sharding.make_mesh()

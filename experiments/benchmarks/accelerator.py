@@ -1,10 +1,13 @@
 """The published decoders on an accelerator, in bfloat16 with random parameters; part of `experiments.benchmarks.decoder`.
 
-None of this has been run on an accelerator by us; the floors are computed.
+Each row is measured in a process of its own, so that its peak memory is its own. None of this has been run on an accelerator
+by us; the floors are computed.
 """
 
+import concurrent.futures
 import contextlib
-import gc
+import functools
+import multiprocessing
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax import files, tokens, train
+from dnd_jax import files, released, tokens, train
 from dnd_jax.adapters.architecture import spec_of_model
 from dnd_jax.decoder import HyperConvDecoder, prepare
 from experiments.configs import coding, common_sense, multimodal
@@ -55,25 +58,30 @@ def floors(chip: str = "H100") -> str:
 
 
 def measure_all(path: str | None) -> None:
-    """Print, and keep in a file, a row for each published decoder."""
-    rows = []
-    for name, get_config in CONFIGS.items():
-        config = get_config()
+    """Print, and keep in a file, a row for each published decoder, and how exact each precision is."""
+    rows: list[dict[str, Any]] = [{"relative_error": in_own_process(errors)}]
+    for name in CONFIGS:
         for measure in (measure_ours, measure_torch):
-            row = {"decoder": name, "by": measure.__name__.removeprefix("measure_")}
-            try:
-                row |= measure(decoder_of(config))
-            except (jax.errors.JaxRuntimeError, RuntimeError) as error:  # does not fit this device's memory
-                row |= {"failed": str(error).splitlines()[0][:200]}
-            gc.collect()
-            print(row, flush=True)
-            rows.append(row)
-    if path:
-        files.write_json(path, rows)
+            rows.append({"decoder": name, "by": measure.__name__.removeprefix("measure_"), **in_own_process(measure, name)})
+            print(rows[-1], flush=True)
+            if path:
+                files.write_json(path, rows)
+    print(rows[0])
 
 
-def measure_ours(decoder: HyperConvDecoder) -> dict[str, Any]:
-    """Time one adapter with kernels' transforms kept and a gradient of batch 1; error of each matmul precision of float32."""
+def in_own_process(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Return what a measurement returns, or `failed` with the reason, such as memory that does not suffice."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(measure, *args).result()
+        except Exception as error:  # of JAX, of PyTorch, or of a process that was killed
+            return {"failed": (str(error).splitlines() or [type(error).__name__])[0][:200]}
+
+
+def measure_ours(name: str) -> dict[str, Any]:
+    """Time one adapter with kernels' transforms kept and a gradient of batch 1; TFLOP/s are of what is computed, not of a direct
+    convolution."""
+    decoder = decoder_of(CONFIGS[name]())
     device = jax.devices()[0]
     x = jax.random.normal(jax.random.key(1), (1, *decoder.condition_shape))
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), jax.jit(decoder.init)(jax.random.key(0), x)["params"])
@@ -82,20 +90,29 @@ def measure_ours(decoder: HyperConvDecoder) -> dict[str, Any]:
         y: Any = decoder.apply({"params": params}, x)
         return jnp.square(y.astype(jnp.float32)).mean()
 
-    step = jax.jit(jax.grad(loss))
-    row = {"step_ms_batch_1": 1000 * seconds(lambda: jax.block_until_ready(step(params)))}
+    def timed(call: Callable[..., Any], *args: Any) -> list[float | None]:
+        lowered = jax.jit(call).lower(*args)
+        compiled = lowered.compile()
+        time_s = seconds(lambda: jax.block_until_ready(compiled(*args)))
+        tflops = (lowered.cost_analysis() or {}).get("flops", 0) / time_s / 1e12
+        stats = device.memory_stats()
+        return [1000 * time_s, tflops / peak if peak else None, stats["peak_bytes_in_use"] / 1e9 if stats else None]
+
+    peak = next((p for chip, p in PEAK.items() if chip in device.device_kind), None)
     kept = jax.jit(lambda p: prepare(decoder, p))(params)
-    apply = jax.jit(decoder.apply)
-    adapter = seconds(lambda: jax.block_until_ready(apply(kept, x)))
-    peak = next((p for chip, p in PEAK.items() if chip in device.device_kind), float("nan"))
-    stats = device.memory_stats() or {}
-    row |= {"adapter_ms": 1000 * adapter, "direct_tflops_over_peak": decoder.flops / adapter / 1e12 / peak,
-            "peak_gb": stats.get("peak_bytes_in_use", float("nan")) / 1e9}
-    return row | {"relative_error": errors()}
+    names = ("{}_ms", "{}_tflops_over_peak", "{}_peak_gb")
+    row = dict(zip((n.format("adapter") for n in names), timed(decoder.apply, kept, x), strict=True))
+    del kept
+    return row | dict(zip((n.format("step_batch_1") for n in names), timed(jax.grad(loss), params), strict=True))
 
 
 def errors() -> dict[str, float]:
-    """Return the relative error of the Fourier form against float32's best, for each matmul precision and for bfloat16."""
+    """Return the error of the Fourier form for each matmul precision of float32 and for bfloat16, relative to PyTorch's direct
+    convolution in float64."""
+    import torch
+
+    from tests.torch_decoder import Decoder
+
     plain = HyperConvDecoder(((32, 32, 64), (64, 32, 64)), 11)
     x = jax.random.normal(jax.random.key(1), (1, *plain.condition_shape))
     params = jax.jit(plain.init)(jax.random.key(0), x)["params"]
@@ -104,17 +121,23 @@ def errors() -> dict[str, float]:
         with jax.default_matmul_precision(precision):
             return np.asarray(jax.jit(decoder.apply)({"params": params}, x), np.float64)
 
-    expected = run(plain, "float32")
-    outputs = {p: run(plain, p) for p in PRECISIONS[1:]} | {"bfloat16 inputs": run(plain.clone(dtype=jnp.bfloat16), "default")}
+    module = Decoder(plain.features, plain.kernel_size)
+    module.load_state_dict({name: torch.tensor(value) for name, value in released.params_to_torch(params).items()})
+    with torch.no_grad():
+        expected = module.double()(torch.tensor(np.asarray(x, np.float64))).numpy()
+    outputs = {p: run(plain, p) for p in PRECISIONS} | {"bfloat16 inputs": run(plain.clone(dtype=jnp.bfloat16), "default")}
     return {name: float(np.sqrt(np.square(y - expected).mean() / np.square(expected).mean())) for name, y in outputs.items()}
 
 
-def measure_torch(decoder: HyperConvDecoder) -> dict[str, Any]:
+def measure_torch(name: str) -> dict[str, Any]:
     """Time the yardstick in bf16 with `torch.compile`; the projection that shortens long prompts is left out of it."""
     import torch
 
     from tests.torch_decoder import Decoder
 
+    if not torch.cuda.is_available():
+        return {"failed": "this PyTorch sees no CUDA device"}
+    decoder = decoder_of(CONFIGS[name]())
     module = Decoder(decoder.features, decoder.kernel_size).to("cuda", torch.bfloat16)
     run, x = torch.compile(module), torch.randn(1, *decoder.features[0], device="cuda", dtype=torch.bfloat16)
 
@@ -125,8 +148,11 @@ def measure_torch(decoder: HyperConvDecoder) -> dict[str, Any]:
             y.float().square().mean().backward()
         torch.cuda.synchronize()
 
-    return {"adapter_ms": 1000 * seconds(lambda: call(False)), "step_ms_batch_1": 1000 * seconds(lambda: call(True)),
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    row: dict[str, Any] = {}
+    for what, gradient in (("adapter", False), ("step_batch_1", True)):
+        row |= {f"{what}_ms": 1000 * seconds(functools.partial(call, gradient))}
+        row |= {f"{what}_peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    return row
 
 
 def seconds(call: Callable[[], Any], repeats: int = 5) -> float:

@@ -281,6 +281,7 @@ def main(args: Any) -> None:
         raise InputError(f"--only: {sorted(unknown)} is none of {list(DECODERS)}")
     if args.rows:
         return _one_process(args)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # an accelerator's memory is for the processes that measure
     if jax.default_backend() != "cpu":
         return accelerator.measure_all(args.json)
     compiler = shutil.which("g++") or shutil.which("clang++")

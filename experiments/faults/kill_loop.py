@@ -2,8 +2,8 @@
 
     python -m experiments.faults.kill_loop --kills=100
 
-Each station in turn is killed (SIGKILL, all its processes) after a time drawn uniformly from its undisturbed duration;
-training starts again on a mesh drawn anew, and every second of its kills comes within a second of a step. After each kill
+Each station in turn is killed (SIGKILL, all its processes), in turns after a time drawn uniformly from its undisturbed duration
+and within MOMENT of its first write (of a checkpoint, if it is training); training starts again on another mesh. After each kill
 everything that has a final name must open and agree with its hashes; how many kills came amid a write, and so left something
 half-written under a temporary name, is said. In the end adapters and store must be equal bit for bit; parameters, losses and
 the generated adapter, which other meshes round otherwise, within TOLERANCE. Hardware: 2 CPU cores, 6 to 20 seconds a kill.
@@ -39,6 +39,8 @@ STATIONS = {
     "generate": (["dnd_jax.generate", f"--workdir={ROOT}/killed", "--prompts=prompts.txt", f"--out={ROOT}/generated/mine"],
                  ROOT / "generated"),
 }
+MOMENT = 0.1  # seconds
+WRITES = {"train": "orbax-checkpoint-tmp"}
 MESHES = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2))
 TOLERANCE = {"parameters": 5e-6, "losses": 1e-6, "adapter": 1e-6}
 
@@ -90,11 +92,11 @@ def disturb(folder: pathlib.Path, name: str, kills: int, seconds: float, rng: ra
         meshes.append(rng.choice(MESHES))
         before = temporaries(folder / ROOT)
         process = start(folder, name, meshes[-1])
-        steps = name == "train" and kills % 2
-        if steps:
-            until_logged(process, folder / STATIONS[name][1] / logs.NAME)
+        if writing := kills % 2:
+            while process.poll() is None and not any(WRITES.get(name, "") in str(p) for p in temporaries(folder / ROOT) - before):
+                time.sleep(0.001)
         try:
-            process.communicate(timeout=rng.uniform(0, 1.0 if steps else seconds))
+            process.communicate(timeout=rng.uniform(0, MOMENT if writing else seconds))
             finish(process)
             shutil.rmtree(folder / STATIONS[name][1])  # nothing left to kill: do it again
         except subprocess.TimeoutExpired:
@@ -111,14 +113,8 @@ def disturb(folder: pathlib.Path, name: str, kills: int, seconds: float, rng: ra
 
 def temporaries(root: pathlib.Path) -> set[pathlib.Path]:
     """Return what is there under the temporary names that we, Orbax and collect write to first."""
-    return {path for path in root.rglob("*") if ".tmp-" in path.name or "orbax-checkpoint-tmp" in path.name}
-
-
-def until_logged(process: subprocess.Popen[str], path: pathlib.Path) -> None:
-    """Wait until a run has logged another step, or has ended."""
-    before = path.stat().st_mtime_ns if path.exists() else 0
-    while process.poll() is None and (not path.exists() or not path.stat().st_size or path.stat().st_mtime_ns == before):
-        time.sleep(0.01)
+    return {pathlib.Path(folder, name) for folder, folders, names in os.walk(root) for name in (*folders, *names)
+            if ".tmp-" in name or "orbax-checkpoint-tmp" in name}
 
 
 def check_visible(root: pathlib.Path) -> None:
