@@ -172,8 +172,8 @@ def make_validate(config: ml_collections.ConfigDict, tasks: Sequence[pairs.Task]
     chunks = [np.arange(start, start + size) % count for start in range(0, count, size)]  # all alike: one compilation
 
     def validate(params: Params) -> dict[str, float]:
-        found = [evaluate(params, *sharding.put_filled(mesh, *(a[rows] for a in batch)))[:size] for rows in chunks]
-        losses = np.concatenate([np.asarray(part) for part in found])[:count].reshape(len(tasks), -1).mean(1)
+        found = [np.asarray(evaluate(params, *sharding.put_filled(mesh, *(a[rows] for a in batch))))[:size] for rows in chunks]
+        losses = np.concatenate(found)[:count].reshape(len(tasks), -1).mean(1)
         return {"validation_loss": float(losses.mean())} | {
             f"validation_loss/{task.name}": float(loss) for task, loss in zip(tasks, losses, strict=True)}
 
