@@ -15,7 +15,7 @@ import math
 import pathlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,8 +46,8 @@ class Checkpointer:
     """
 
     def __init__(self, folder: files.PathLike, about: dict[str, Any], last: int = 2, every: int = 0):
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        logging.getLogger("absl").addFilter(self._hear)
+        self._listener = _Listener(self._hear)
+        _own_log().addHandler(self._listener)
         self._folder = pathlib.Path(folder).resolve()
         self._about = about
         policies = ocp.training.preservation_policies
@@ -71,7 +71,7 @@ class Checkpointer:
             it holds another state. Nothing is set aside then. Of several processes the others, which wait for it, end too.
         """
         distributed.by_first(functools.partial(_set_changed_aside, self._folder))
-        while (step := distributed.agreed(max((int(path.name) for path in _steps(self._folder)), default=-1))) >= 0:
+        while (step := distributed.agreed(max((int(path.name) for path in steps(self._folder)), default=-1))) >= 0:
             path = self._folder / str(step)
             try:
                 check_shapes(path, _shapes(path), like["params"] if isinstance(like, dict) else like.params)
@@ -90,12 +90,12 @@ class Checkpointer:
     def last_good(self) -> str:
         """Return the newest checkpoint on disk, in words."""
         self.wait()
-        return f"the last good checkpoint is {paths[-1]}" if (paths := _steps(self._folder)) else "no checkpoint was written yet"
+        return f"the last good checkpoint is {paths[-1]}" if (paths := steps(self._folder)) else "no checkpoint was written yet"
 
     def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
         """Start saving in the background, when the save before is done; if it fails, `failure` says so and stderr at once."""
         self.wait()
-        if self.failure is not None:
+        if self.failed():
             self._close()
         self.failure, self._step = None, step
         metrics = {name: float(value) for name, value in metrics.items()}
@@ -115,11 +115,10 @@ class Checkpointer:
                 self._folder, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=self._keep, cleanup_tmp_directories=True)
 
-    def _hear(self, record: logging.LogRecord) -> bool:
-        """Keep Orbax's log to ourselves, and hear in it at once of a failed write, whose process may wait for others first."""
-        if record.exc_info and record.exc_info[1] and record.filename == "async_checkpointer.py":
-            self._fail(record.exc_info[1])
-        return False
+    def _hear(self, error: BaseException) -> None:
+        """Hear at once of a failed write: before Orbax raises the error, this process waits for those that could write."""
+        if self._step >= 0:
+            self._fail(error)
 
     def _watch(self, step: int, response: Any) -> None:
         """Wait until a checkpoint is committed, then record its hashes; a kill in between costs the hashes only."""
@@ -169,7 +168,7 @@ class Checkpointer:
             raise self.failure
         self.wait()
         self._close()
-        logging.getLogger("absl").removeFilter(self._hear)
+        _own_log().removeHandler(self._listener)
         if self.failure is not None:
             raise OSError(f"{self.failure}; {self.last_good()}") from self.failure
 
@@ -185,7 +184,29 @@ class Checkpointer:
                 raise
 
 
-def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
+class _Listener(logging.Handler):
+    """Hands the errors of Orbax's writing threads to a function."""
+
+    def __init__(self, hear: Callable[[BaseException], None]):
+        super().__init__()
+        self._hear = hear
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] and record.filename == "async_checkpointer.py":
+            self._hear(record.exc_info[1])
+
+
+def _own_log() -> logging.Logger:
+    """Return Orbax's log, which no longer goes anywhere else: failures are reported here."""
+    log = logging.getLogger("absl")
+    log.setLevel(logging.ERROR)
+    log.propagate = False
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
+    return log
+
+
+def steps(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the committed checkpoints in order of their steps; empty folders and those set aside are none."""
     found = [path.parent for path in folder.glob("[0-9]*/_CHECKPOINT_METADATA") if path.parent.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name))
@@ -206,7 +227,7 @@ def _tidy(folder: pathlib.Path) -> None:
 
 def _set_changed_aside(folder: pathlib.Path) -> None:
     """Set newest checkpoints aside until one is as it was written, metrics apart."""
-    for path in reversed(_steps(folder)):
+    for path in reversed(steps(folder)):
         if not (fault := _fault(path)):
             return
         set_aside(path, fault)
@@ -237,10 +258,11 @@ def set_aside(path: pathlib.Path, fault: str) -> None:
 
 def _metrics(path: pathlib.Path) -> dict[str, float] | None:
     """Return a checkpoint's metrics, or None, said on standard output, where they are malformed or not those written."""
-    fault = checksums.fault(path, METRICS)
-    if not fault and not (path / METRICS).exists():
-        return {}  # saved without any
+    fault = None
     try:
+        fault = checksums.fault(path, METRICS)
+        if not fault and not (path / METRICS).exists():
+            return {}  # saved without any
         found = json.loads((path / METRICS).read_text(encoding="utf-8")) if not fault else None
         if isinstance(found, dict):
             return found
@@ -257,26 +279,27 @@ def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict
 
     Raises:
       InputError: a folder without a sound checkpoint.
+      OSError: a checkpoint that can't be read or loaded, although its bytes are those written.
     """
-    metrics = {path: _metrics(path) for path in _steps(pathlib.Path(folder).resolve())}
+    metrics = {path: _metrics(path) for path in steps(pathlib.Path(folder).resolve())}
     path, params = _first_sound(folder, sorted(metrics, key=lambda p: (merit(metrics[p]), int(p.name)), reverse=True))
     return int(path.name), params, ocp.checkpointables_metadata(path).custom_metadata, metrics[path] or {}
 
 
 def load_latest(folder: files.PathLike) -> tuple[int, Params]:
     """Return step and parameters (NumPy) of the newest sound checkpoint."""
-    path, params = _first_sound(folder, _steps(pathlib.Path(folder).resolve())[::-1])
+    path, params = _first_sound(folder, steps(pathlib.Path(folder).resolve())[::-1])
     return int(path.name), params
 
 
 def _first_sound(folder: files.PathLike, paths: Sequence[pathlib.Path]) -> tuple[pathlib.Path, Params]:
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _own_log()
     for path in paths:
         if not (fault := _fault(path)):
             try:
                 return path, _load_params(path)
             except Exception as error:  # what damage raises, and where, is not documented
-                if _surely_sound(path, error):
+                if _surely_sound(path, error) and not _fault(path):  # a run beside may have removed it meanwhile
                     raise OSError(f"{path}: can't be loaded, although its bytes are those written: {error}") from error
                 fault = str(error)
         print(f"{path}: damaged ({' '.join(fault.split())[:200]}), passed over")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import sys
@@ -48,10 +49,11 @@ def atomic_folder(final: PathLike) -> Iterator[pathlib.Path]:
 def temporary_folder(final: PathLike) -> Iterator[pathlib.Path]:
     """Yield a new folder beside `final`; what is still there when the block ends is removed, after a kill by this host's next."""
     final = pathlib.Path(final)
-    for path in final.parent.glob(f"{glob.escape(f'.{final.name}.tmp-{socket.gethostname()}')}-*"):
-        if _abandoned(path):
-            shutil.rmtree(path, ignore_errors=True)
     temporary = _temporary(final)
+    of_host = re.compile(re.escape(temporary.name.rpartition("-")[0]) + r"-\d+")
+    for path in final.parent.glob(".*"):
+        if of_host.fullmatch(path.name) and _abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     descriptor = os.open(temporary, os.O_RDONLY)
@@ -66,7 +68,7 @@ def temporary_folder(final: PathLike) -> Iterator[pathlib.Path]:
 
 
 def _temporary(final: pathlib.Path) -> pathlib.Path:
-    """Return a name that no other process uses, on no host that shares the file system."""
+    """Return a name that no other process uses, of hosts with different names."""
     return final.with_name(f".{final.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 

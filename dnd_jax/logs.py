@@ -31,7 +31,7 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, first: int, writes: bool = True, tensorboard: bool = False):
         self._path, self._file, self._board = workdir / NAME, None, None
-        self._unwritten, self.failure = b"", None  # type: bytes, OSError | None
+        self._unwritten, self._size, self.failure = b"", 0, None  # type: bytes, int, OSError | None
         self._last, self._before, self._waited = (first, time.perf_counter()), 0.0, 0.0
         if not writes:
             return
@@ -39,6 +39,7 @@ class MetricsLog:
         files.write_text(self._path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
         self._before = kept[-1]["seconds"] if kept else 0.0
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
+        self._size = self._path.stat().st_size
         self._board = _open_board(workdir, first) if tensorboard else None
 
     def append(self, step: int, metrics: dict[str, float], batch_size: int, waited: float) -> dict[str, float]:
@@ -65,10 +66,12 @@ class MetricsLog:
             return
         try:
             with files.named(self._path):
-                while self._unwritten:
-                    self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+                self._file.truncate(self._size)  # after a write that failed half-way
+                rest = self._unwritten
+                while rest:
+                    rest = rest[self._file.write(rest):]
                 os.fsync(self._file.fileno())
-            self.failure = None
+            self._size, self._unwritten, self.failure = self._size + len(self._unwritten), b"", None
         except OSError as error:
             self.failure = error
             print(f"\nerror: {error}", file=sys.stderr, flush=True)

@@ -193,9 +193,9 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
         "encoder": config.encoder.to_dict(), "base": {"name": config.base, "sha256": "not recorded"},
         "carried": {}, "averaged": [], "embeddings": {},
     }
-    workdirs.claim(config, workdir)
-    if any((workdir / "checkpoints").glob("[0-9]*")):
+    if checkpoints.steps(workdir / "checkpoints"):
         raise InputError(f"{workdir}: holds checkpoints; import into another workdir")
+    workdirs.claim(config, workdir)
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about)
     checkpointer.save(0, {"params": params}, {})
     checkpointer.close()

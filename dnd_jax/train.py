@@ -187,18 +187,13 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     """Train from the latest sound checkpoint, or from the start, to `config.train.steps`.
 
     Writes `checkpoints/<step>` every `validate_every` steps, with the losses on the validation tasks, which choose the best
-    one, and appends to `metrics.jsonl`. SIGTERM saves the step under way, not validated, and returns.
+    one, and appends to `metrics.jsonl`. SIGTERM saves the step under way, validated only if it is such a step, and returns.
 
     Raises:
       FloatingPointError: a loss, a gradient or a parameter that isn't finite, before anything of it is saved.
       OSError: a checkpoint or the log can't be written, at once or, where `on_failed_save` is "continue", in the end if it was
         the last checkpoint, or the log still can't.
     """
-    if config.train.on_failed_save not in ("stop", "continue"):
-        raise InputError(f"config.train.on_failed_save is {config.train.on_failed_save!r}, expected 'stop' or 'continue'")
-    for name in ("accumulate", "log_every", "prefetch", "validate_every"):
-        if config.train[name] < 1:
-            raise InputError(f"config.train.{name} is {config.train[name]}, expected at least 1")
     with guards.until_terminated() as terminated:
         _train(config, store, workdir, terminated)
 
@@ -210,8 +205,6 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
     decoder = make_decoder(config, store).clone(mesh=mesh)
     tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
     validate = make_validate(config, store.split("validation"), decoder, mesh, mask, store.importance)
-    if t.calibrate and decoder.length:
-        raise InputError(f"config.train.calibrate is set, but conditions of {decoder.length} positions are shortened first")
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder), t.keep_last, t.keep_every)
     state = make_state(config, decoder, mesh, tasks if t.calibrate else (), checkpointer.restore)
     places = sharding.of_state(mesh, state)  # not the arrays' own: Orbax restores the key with the sharding of one more axis
@@ -234,7 +227,7 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
             watch.follow(done, metrics)
             stops = terminated(done)
             validates = done % t.validate_every == 0 or done == t.steps
-            saves = validates or stops  # what is saved on SIGTERM isn't validated, which may take longer than is left
+            saves = validates or stops  # on SIGTERM nothing is validated out of turn: that may take longer than is left
             if not (saves or done % t.log_every == 0):
                 continue
             watch.check()
@@ -282,8 +275,21 @@ def main(args: Any) -> None:
         run(args.config, pathlib.Path(args.workdir))
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raise InputError for what no run can be begun with; its config would otherwise be the workdir's for ever."""
+    t = config.train
+    if t.on_failed_save not in ("stop", "continue"):
+        raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")
+    for name in ("accumulate", "batch_size", "log_every", "prefetch", "steps", "validate_every", "validation_draws"):
+        if t[name] < 1:
+            raise InputError(f"config.train.{name} is {t[name]}, expected at least 1")
+    if t.calibrate and config.decoder.shortened:
+        raise InputError("config.train.calibrate is set, and config.decoder.shortened, too: no norm sees whole conditions then")
+
+
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Open the config's store, make the workdir this run's, and train."""
+    check(config)
     store = pairs.open_store(config.export.store)
     if not store.split("train"):
         raise InputError(f"{config.export.store}: has no train task, training needs at least one")

@@ -22,17 +22,22 @@ def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       InputError: another run is using the workdir, or it has another config; the message names every field and both values.
     """
+    path, new = workdir / "config.json", json.loads(cli.config_json(config))
+    _read_config(path, new)  # a refused command changes nothing
     files.lock(workdir)
-    path = workdir / "config.json"
-    new = json.loads(cli.config_json(config))
-    old = files.read_json(path) if path.exists() else None
-    if old is not None:
-        found = {field: values for field, values in differences(old, new).items() if not FREE.fullmatch(field)}
-        if found:
-            raise InputError("; ".join(f"{path}: {field} is {old!r}, the config given says {given!r}"
-                                       for field, (old, given) in sorted(found.items())))
-    if old != new:
+    if _read_config(path, new) != new:  # another run may have begun here meanwhile
         files.write_text(path, cli.config_json(config) + "\n")
+
+
+def _read_config(path: pathlib.Path, new: Any) -> Any:
+    """Return the config of a workdir, None of a new one; raise InputError if it may not become `new`."""
+    old = files.read_json(path) if path.exists() else None
+    found = differences(old, new) if old is not None else {}
+    refused = [f"{path}: {field} is {before!r}, the config given says {given!r}"
+               for field, (before, given) in sorted(found.items()) if not FREE.fullmatch(field)]
+    if refused:
+        raise InputError("; ".join(refused))
+    return old
 
 
 def keep_store(store: pairs.Store, workdir: pathlib.Path) -> None:
@@ -48,7 +53,8 @@ def keep_store(store: pairs.Store, workdir: pathlib.Path) -> None:
                          "has changed since this run began; use another workdir")
     if store.spec.carried:
         files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
-    files.write_text(path, found)
+    if not path.exists():
+        files.write_text(path, found)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 import yaml
 from conftest import ROOT, make_store, train_command
 
-from dnd_jax import distributed
+from dnd_jax import checkpoints, distributed
 from dnd_jax.types import InputError
 
 CLUSTER = ROOT / "experiments" / "cluster"
@@ -74,6 +76,29 @@ def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, rng, victim, numb
         for process in pair:
             process.kill()
             process.communicate()
+
+
+def test_a_process_that_cannot_write_is_heard_at_once_and_ends_the_run(tmp_path, rng):
+    """Orbax itself lets it wait for the other first, and the other for it, for as long as a save may take."""
+    store, port = make_store(tmp_path / "store", rng), free_port()
+    command = [sys.executable, "-m", *train_command(store, tmp_path / "run", steps=10**6, validate_every=30, log_every=10)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    pair = [subprocess.Popen([*command, "--config.mesh.fsdp=2", f"--coordinator=localhost:{port}", "--num_processes=2",
+                              f"--process_id={i}"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        while not (tmp_path / "run" / "checkpoints" / "30" / "sha256.json").exists():
+            assert all(process.poll() is None for process in pair)
+            time.sleep(0.1)
+        resource.prlimit(pair[1].pid, resource.RLIMIT_FSIZE, (100, -1))
+        said = [process.communicate(timeout=60)[1] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in pair] == [1, 1]
+    assert re.search(r"error: .*checkpoints/\d+: this checkpoint is not written: .*File too large", said[1])
+    assert re.search(r"error: .*this checkpoint is not written: process 1 of 2 could not write its part", said[0])
+    assert checkpoints.load_latest(tmp_path / "run" / "checkpoints")[0] >= 30
 
 
 COMMAND = "python -m dnd_jax.train --config="

@@ -92,7 +92,6 @@ def test_a_checkpoint_with_a_changed_byte_is_set_aside_and_training_goes_on_to_t
         json.loads(line)["loss"] for line in log]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads call the loop it has closed
 @contextlib.contextmanager
 def full_from(first, limit, last=None):
     """Let no file grow beyond a limit from one checkpoint of a run on, or until another one."""
@@ -145,6 +144,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_that_checkpoint(folder, caps
     assert [(entry["step"], entry["loss"]) for entry in log] == [(entry["step"], entry["loss"]) for entry in whole]
 
 
+@pytest.mark.filterwarnings(ORBAX_LOOP)
 def test_a_failed_save_does_not_hide_a_loss_that_is_not_finite(folder, monkeypatch):
     def watch(self, step, metrics):
         if step == 5:

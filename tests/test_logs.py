@@ -1,5 +1,6 @@
 """The logs of many runs as one table: what it holds, and what a malformed file costs."""
 
+import errno
 import json
 
 import pytest
@@ -24,6 +25,22 @@ def sweep(tmp_path):
     (tmp_path / "a" / "checkpoints" / "7").mkdir()
     (tmp_path / "store").mkdir()
     return tmp_path
+
+
+def test_a_line_that_does_not_reach_the_disk_is_written_again_and_once(tmp_path, monkeypatch, capsys):
+    def fsync(descriptor):
+        synced.append(len(synced) not in (1, 2))
+        if not synced[-1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    synced = []
+    with logs.MetricsLog(tmp_path, 0) as log:
+        monkeypatch.setattr(logs.os, "fsync", fsync)
+        for step in range(1, 5):
+            log.append(step, {"loss": 1.0}, 1, 0.0)
+            assert (log.failure is not None) == (step in (2, 3))
+    assert [entry["step"] for entry in logs.read_metrics(tmp_path)] == [1, 2, 3, 4] and synced == [True, False, False, True]
+    assert f"error: {tmp_path}/metrics.jsonl: not written: No space left on device" in capsys.readouterr().err
 
 
 def test_columns_and_rows(sweep):

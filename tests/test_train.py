@@ -201,8 +201,10 @@ def test_two_processes_go_on_exactly_where_they_were_before_a_damaged_checkpoint
     store, _, log = on_one_device
     train_by_two(store, tmp_path / "run")
     whole = without_times(tmp_path / "run")
-    damaged = max((tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x00")
+    state = [path for path in (tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*") if path.is_file()]
+    damaged = max(state, key=lambda path: path.stat().st_size)
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     (out, _), _ = train_by_two(store, tmp_path / "run")
     assert "checkpoints/6: damaged" in out and (tmp_path / "run" / "checkpoints" / "6.damaged").is_dir()
     assert without_times(tmp_path / "run") == whole
@@ -363,10 +365,12 @@ def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
     workdirs.claim(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["accumulate", "log_every", "prefetch", "validate_every"])
-def test_numbers_below_one_are_refused_before_anything_is_written(tmp_path, store, name):
-    with pytest.raises(InputError, match=rf"config\.train\.{name} is 0, expected at least 1"):
-        train.train(tiny_config(store, **{name: 0}), pairs.open_store(store), tmp_path / "run")
+@pytest.mark.parametrize("name,value,said", [
+    *((name, 0, "0, expected at least 1") for name in ("accumulate", "batch_size", "log_every", "prefetch", "validate_every")),
+    ("on_failed_save", "ask", "'ask', expected 'stop' or 'continue'")])
+def test_what_no_run_can_begin_with_is_refused_before_anything_is_written(tmp_path, store, name, value, said):
+    with pytest.raises(InputError, match=rf"config\.train\.{name} is {said}"):
+        train.run(tiny_config(store, **{name: value}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

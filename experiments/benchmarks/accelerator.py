@@ -1,6 +1,6 @@
 """The published decoders on an accelerator, in bfloat16 with random parameters; part of `experiments.benchmarks.decoder`.
 
-Each row is measured in a process of its own, so that its peak memory is its own. None of this has been run on an accelerator
+Each row is measured in a process of its own, which has all of the device's memory. None of this has been run on an accelerator
 by us; the floors are computed.
 """
 
@@ -57,6 +57,11 @@ def floors(chip: str = "H100") -> str:
     return "\n".join(lines)
 
 
+def backend() -> dict[str, str]:
+    """Return what JAX runs on here."""
+    return {"backend": jax.default_backend()}
+
+
 def measure_all(path: str | None) -> None:
     """Print, and keep in a file, a row for each published decoder, and how exact each precision is."""
     rows: list[dict[str, Any]] = [{"relative_error": in_own_process(errors)}]
@@ -79,8 +84,10 @@ def in_own_process(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[s
 
 
 def measure_ours(name: str) -> dict[str, Any]:
-    """Time one adapter with kernels' transforms kept and a gradient of batch 1; TFLOP/s are of what is computed, not of a direct
-    convolution."""
+    """Time one adapter with kernels' transforms kept and a gradient of batch 1.
+
+    TFLOP/s are of what is computed, not of a direct convolution; memory is arguments, results and temporaries of the program.
+    """
     decoder = decoder_of(CONFIGS[name]())
     device = jax.devices()[0]
     x = jax.random.normal(jax.random.key(1), (1, *decoder.condition_shape))
@@ -90,19 +97,21 @@ def measure_ours(name: str) -> dict[str, Any]:
         y: Any = decoder.apply({"params": params}, x)
         return jnp.square(y.astype(jnp.float32)).mean()
 
-    def timed(call: Callable[..., Any], *args: Any) -> list[float | None]:
+    def timed(call: Callable[..., Any], *args: Any) -> list[Any]:
         lowered = jax.jit(call).lower(*args)
         compiled = lowered.compile()
         time_s = seconds(lambda: jax.block_until_ready(compiled(*args)))
         tflops = (lowered.cost_analysis() or {}).get("flops", 0) / time_s / 1e12
-        stats = device.memory_stats()
-        return [1000 * time_s, tflops / peak if peak else None, stats["peak_bytes_in_use"] / 1e9 if stats else None]
+        used: Any = compiled.memory_analysis()
+        size = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+        return [1000 * time_s, tflops / peak if peak else None, size / 1e9]
 
     peak = next((p for chip, p in PEAK.items() if chip in device.device_kind), None)
     kept = jax.jit(lambda p: prepare(decoder, p))(params)
     names = ("{}_ms", "{}_tflops_over_peak", "{}_peak_gb")
-    row = dict(zip((n.format("adapter") for n in names), timed(decoder.apply, kept, x), strict=True))
+    row: dict[str, Any] = dict(zip((n.format("adapter") for n in names), timed(decoder.apply, kept, x), strict=True))
     del kept
+    row["device"] = device.device_kind
     return row | dict(zip((n.format("step_batch_1") for n in names), timed(jax.grad(loss), params), strict=True))
 
 
@@ -150,6 +159,7 @@ def measure_torch(name: str) -> dict[str, Any]:
 
     row: dict[str, Any] = {}
     for what, gradient in (("adapter", False), ("step_batch_1", True)):
+        torch.cuda.reset_peak_memory_stats()
         row |= {f"{what}_ms": 1000 * seconds(functools.partial(call, gradient))}
         row |= {f"{what}_peak_gb": torch.cuda.max_memory_allocated() / 1e9}
     return row
