@@ -107,10 +107,10 @@ STUBS = {
     "srun": 'exec "$@"',
     "python": """echo "$@" > arguments
 [ -e started ] && exit "${STATUS:-0}"
-trap "echo terminated: step 3 is saved; exit 0" TERM
+trap "sleep 0.3; touch saved; exit 0" TERM
 touch started
 while :; do sleep 0.05; done""",
-    "scontrol": 'echo "$@" >> scontrol.arguments',
+    "scontrol": '[ -e saved ] && echo "$@" >> scontrol.arguments',
 }
 
 
@@ -133,13 +133,17 @@ def test_sbatch_runs_the_command_and_requeues_what_was_terminated_but_not_what_e
     while not (tmp_path / "started").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    process.terminate()
+    for _ in range(2):  # the second while the first is being answered
+        process.terminate()
+        time.sleep(0.1)
     assert process.wait(20) == 0
     assert (tmp_path / "arguments").read_text().split() == [
         "-m", "dnd_jax.train", "--config=x.py:v", "--config.seed=1", "--workdir=b", "--config.train.learning_rate=1e-4"]
     assert (tmp_path / "scontrol.arguments").read_text().split() == ["requeue", "7"]
     assert [cluster().wait(20), cluster(STATUS="3").wait(20)] == [0, 3]
     assert (tmp_path / "scontrol.arguments").read_text().split() == ["requeue", "7"]
+    (tmp_path / "arguments").unlink()
+    assert cluster(SLURM_ARRAY_TASK_ID="2").wait(20) == 1 and not (tmp_path / "arguments").exists()  # no such line
 
 
 def test_jobset_is_an_indexed_job_of_the_command_that_starts_again():
