@@ -67,9 +67,9 @@ def temporary_folder(final: PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary(final: pathlib.Path) -> pathlib.Path:
+def _temporary(final: pathlib.Path, kind: str = "tmp") -> pathlib.Path:
     """Return a name that no other process uses, of hosts with different names."""
-    return final.with_name(f".{final.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    return final.with_name(f".{final.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
 
 
 def _abandoned(folder: pathlib.Path) -> bool:
@@ -99,7 +99,7 @@ def publish(temporary: pathlib.Path, final: PathLike) -> None:
     if final.is_symlink():
         final.unlink()
     if final.exists():
-        old = final.with_name(f".{final.name}.old-{os.getpid()}")
+        old = _temporary(final, "old")
         os.rename(final, old)
         os.rename(temporary, final)
         for path in final.parent.glob(f"{glob.escape(f'.{final.name}.old')}-*"):

@@ -134,10 +134,10 @@ def check_visible(root: pathlib.Path) -> None:
         files.read_json(root / "killed" / "config.json")
     if (root / "killed" / logs.NAME).exists():
         logs.read_metrics(root / "killed")
+    newest = checkpoints.steps(root / "killed" / "checkpoints")[-1:]
     for path in named(root / "killed" / "checkpoints"):
         fault = checksums.fault(path) if path.name.isdigit() else None
-        old = path.name.isdigit() and path != checkpoints.steps(path.parent)[-1]
-        if fault and not (old and "no such file" in fault):  # Orbax removes old ones file by file
+        if fault and (path in newest or "no such file" not in fault):  # Orbax removes old ones file by file
             raise RuntimeError(f"{path}: {fault}")
     if any(path.name.isdigit() for path in named(root / "killed" / "checkpoints")):
         checkpoints.load_latest(root / "killed" / "checkpoints")
