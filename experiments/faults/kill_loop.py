@@ -3,10 +3,11 @@
     python -m experiments.faults.kill_loop --kills=100
 
 Each station in turn is killed (SIGKILL, all its processes), in turns after a time drawn uniformly from its undisturbed duration
-and within MOMENT of its first write (of a checkpoint, if it is training); training starts again on a mesh drawn anew. After each
-kill everything that has a final name must open and agree with its hashes; how many kills came amid a write, and so left something
-half-written under a temporary name, is said. In the end adapters and store must be equal bit for bit; parameters, losses and
-the generated adapter, which other meshes round otherwise, within TOLERANCE. Hardware: 2 CPU cores, 6 to 20 seconds a kill.
+and at its first write (of a checkpoint, if it is training) or within MOMENT of it; training starts again on a mesh drawn anew.
+After each kill everything that has a final name must open and agree with its hashes; how many kills came amid a write, and so
+left something half-written under a temporary name, is said. In the end adapters and store must be equal bit for bit; parameters,
+losses and the generated adapter, which other meshes round otherwise, within TOLERANCE. Hardware: 2 CPU cores, 6 to 20 seconds a
+kill.
 """
 
 import contextlib
@@ -97,7 +98,7 @@ def disturb(folder: pathlib.Path, name: str, kills: int, seconds: float, rng: ra
             while process.poll() is None and not any(WRITES.get(name, "") in p for p, _ in temporaries(folder / ROOT) - before):
                 time.sleep(0.001)
         try:
-            process.communicate(timeout=rng.uniform(0, MOMENT if writing else seconds))
+            process.communicate(timeout=rng.choice((0, rng.uniform(0, MOMENT))) if writing else rng.uniform(0, seconds))
             finish(process)
             shutil.rmtree(folder / STATIONS[name][1])  # nothing left to kill: do it again
         except subprocess.TimeoutExpired:
