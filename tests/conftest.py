@@ -143,6 +143,17 @@ def train_command(store, workdir, **train):
             "--config.decoder.blocks=((6, 4, 6),)", *(f"--config.train.{k}={v}" for k, v in settings.items())]
 
 
+def read_log(workdir):
+    """Return the lines of a run's log."""
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(workdir):
+    """Return the lines of a run's log without what depends on the clock."""
+    drop = ("seconds", "steps_per_s", "samples_per_s", "input_wait_s")
+    return [{k: v for k, v in e.items() if k not in drop} for e in read_log(workdir)]
+
+
 def small_base(architecture: str, **changes):
     """Return a randomly initialised transformers model of a few thousand parameters; `changes` are of its sizes."""
     import transformers as t

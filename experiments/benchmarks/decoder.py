@@ -281,7 +281,7 @@ def main(args: Any) -> None:
         raise InputError(f"--only: {sorted(unknown)} is none of {list(DECODERS)}")
     if args.rows:
         return _one_process(args)
-    if accelerator.in_own_process(accelerator.backend).get("backend", "cpu") != "cpu":  # not asked here, which would hold it
+    if accelerator.in_own_process(accelerator.backend).get("backend", "cpu") != "cpu":  # who asks, holds it
         return accelerator.measure_all(args.json)
     compiler = shutil.which("g++") or shutil.which("clang++")
     if not args.compile or not compiler:
