@@ -1,6 +1,7 @@
 """Writing without halves: a file or folder is complete under its final name, or absent."""
 
 import contextlib
+import ctypes
 import fcntl
 import glob
 import hashlib
@@ -21,6 +22,7 @@ from dnd_jax.types import InputError
 
 PathLike = str | os.PathLike[str]
 NEW_S = 60  # seconds in which a temporary folder is left alone
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 _LOCKED: set[pathlib.Path] = set()  # by this process
 
 
@@ -90,23 +92,33 @@ def _abandoned(folder: pathlib.Path) -> bool:
 
 
 def publish(temporary: pathlib.Path, final: PathLike) -> None:
-    """Rename a complete folder to its final name, after its files are on disk, replacing a folder or link of that name."""
+    """Rename a complete folder to its final name, after its files are on disk, replacing at once what has that name."""
     final = pathlib.Path(final)
     for path in temporary.rglob("*"):
         if path.is_file():
             sync(path)
     sync(temporary)
-    if final.is_symlink():
-        final.unlink()
-    if final.exists():
-        old = _temporary(final, "old")
-        os.rename(final, old)
-        os.rename(temporary, final)
-        for path in final.parent.glob(f"{glob.escape(f'.{final.name}.old')}-*"):
-            shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(final):
+        _exchange(temporary, final)
+        if temporary.is_symlink() or temporary.is_file():
+            temporary.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)
     else:
         os.rename(temporary, final)
     sync(final.parent)
+
+
+def _exchange(temporary: pathlib.Path, final: pathlib.Path) -> None:
+    """Let two paths change names at once, or where the system has no call for that, one after the other."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(final), _RENAME_EXCHANGE) == 0:
+        return
+    old = _temporary(final, "old")
+    os.rename(final, old)
+    os.rename(temporary, final)
+    os.rename(old, temporary)
+    for path in final.parent.glob(f"{glob.escape(f'.{final.name}.old')}-*"):  # of writers killed in between
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_link(name: PathLike) -> pathlib.Path:

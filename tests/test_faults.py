@@ -222,8 +222,7 @@ def test_a_full_disk_names_the_file_that_is_not_written(tmp_path):
 def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_another_is_writing(tmp_path):
     host, old = socket.gethostname(), time.time() - 2 * files.NEW_S
     left, used, new, elsewhere = (tmp_path / f".store.tmp-{name}" for name in (f"{host}-1", f"{host}-2", f"{host}-3", "host-1"))
-    replaced = tmp_path / ".store.old-1"
-    for path in (left, used, new, elsewhere, replaced):
+    for path in (left, used, new, elsewhere):
         path.mkdir()
         if path != new:
             os.utime(path, (old, old))
@@ -234,6 +233,23 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_another_i
             os.utime(folder, (old, old))
     os.close(descriptor)
     assert {path.name for path in tmp_path.iterdir()} == {"store", used.name, new.name, elsewhere.name}
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "where the system can't"])
+@pytest.mark.parametrize("before", ["folder", "link", "file"])
+def test_a_folder_replaces_what_has_its_name(tmp_path, monkeypatch, before, at_once):
+    final, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    {"folder": final.mkdir, "link": lambda: final.symlink_to(elsewhere), "file": final.touch}[before]()
+    if at_once:
+        monkeypatch.setattr(files.os, "rename", lambda *names: pytest.fail("a moment without it"))
+    else:
+        (tmp_path / ".store.old-host-1").mkdir()
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)
+    with files.atomic_folder(final) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in final.iterdir()] == ["new"] and not final.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "elsewhere"} and elsewhere.is_dir()
 
 
 def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypatch, capsys):
