@@ -24,13 +24,11 @@ import ml_collections
 from absl import flags
 from tqdm import tqdm
 
-from data_pipeline import fine_tuning, images
-from dnd_jax import checksums, cli, files, prompts
+from data_pipeline import fine_tuning
+from dnd_jax import checksums, cli, files, images, prompts
 from dnd_jax.sources import Source
-from dnd_jax.tasks import read_tasks
+from dnd_jax.tasks import MULTI_TASK, read_tasks
 from dnd_jax.types import InputError
-
-MULTI_TASK = "multi_task"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,8 @@ def initial_seed(config: ml_collections.ConfigDict, run: Run) -> int:
 def base_identity(base: str) -> dict[str, str]:
     """Return a base model's name and a hash: of a folder's config and weights, or a hub repository's commit."""
     if pathlib.Path(base).is_dir():
-        weights = files.sha256_folder(base, "*.safetensors") + files.sha256_folder(base, "config.json")
+        folder = pathlib.Path(base)
+        weights = files.sha256_files(sorted(folder.glob("*.safetensors"))) + files.sha256_files(folder.glob("config.json"))
         return {"name": base, "sha256": files.sha256_text(weights)}
     from transformers import AutoConfig
 

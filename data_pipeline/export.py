@@ -4,7 +4,6 @@
 """
 
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,19 +16,11 @@ from tqdm import tqdm
 from data_pipeline import agreement, collect
 from dnd_jax import adapters, checksums, cli, encoders, files, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
-from dnd_jax.tasks import read_tasks
+from dnd_jax.tasks import read_tasks, step_folders
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Tree
 
 FORMS = ("prompt", "prompt+answer", "answer", "mix")
-
-
-def step_folders(run: pathlib.Path) -> list[pathlib.Path]:
-    """Return a run's adapter folders in order of their steps."""
-    found = [path for path in run.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    if not found:
-        raise InputError(f"{run}: holds no step_<n> folder, expected one per checkpoint")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def read_run(run: pathlib.Path, change: Callable[[Tree], Tree], reference: Spec, layout: Layout, first: str

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from data_pipeline.images import Reader
 from dnd_jax import prompts
+from dnd_jax.images import Reader
 from dnd_jax.types import InputError
 
 DTYPES = ("float32", "bfloat16")
@@ -134,7 +134,8 @@ def collate(examples: Sequence[Example], fill: int) -> dict[str, Any]:
               "attention_mask": pad([[1] * len(example.ids) for example in examples], 0),
               "labels": pad([example.labels for example in examples], IGNORED)}
     if reader := next((example.reader for example in examples if example.reader), None):
-        inputs |= reader.inputs([image for example in examples for image in example.images], inputs["input_ids"])
+        inputs |= reader.inputs([image for example in examples for image in example.images])
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == reader.token).int()
     return inputs
 
 

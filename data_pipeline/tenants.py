@@ -234,7 +234,7 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
 
 
 def define_flags() -> None:
-    cli.define_string("out", "Folder to write the world to.")
+    flags.DEFINE_string("out", None, required=True, help="Folder to write the world to.")
     flags.DEFINE_integer("seed", 0, "Seed of facts, tenants and models.")
     flags.DEFINE_bool("smoke", False, "Make a few tenants and barely train the models: for tests of the machinery.")
 

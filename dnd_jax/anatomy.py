@@ -94,9 +94,7 @@ def read(workdir: files.PathLike) -> Specimens:
         return {task.name: flatten_dict(tokens.decode(task.tokens[-1], store.layout), sep="/") for task in tasks}
 
     def generate(task: pairs.Task) -> Flat:
-        rng = np.random.default_rng((config["seed"], 2, 0, *task.name.encode()))  # as the ladder's first draw
-        chosen = pairs.draw_prompts(rng, len(task.condition), generator.prompts)
-        return flatten_dict(generator(task.condition[chosen]), sep="/")
+        return flatten_dict(generator(pairs.condition_of(task, config["seed"], 0, generator.prompts)), sep="/")
 
     return Specimens(trained(store.split("train")), trained(test), {task.name: generate(task) for task in test})
 

@@ -19,12 +19,6 @@ def define_config(*, required: bool = True) -> None:
         flags.mark_flag_as_required("config")
 
 
-def define_string(name: str, help_text: str) -> None:
-    """Define a flag that must be given."""
-    flags.DEFINE_string(name, None, help_text)
-    flags.mark_flag_as_required(name)
-
-
 def run(main: Callable[..., None], define_flags: Callable[[], None], *, words: bool = False) -> None:
     """Define the flags, parse the command line and run `main(flags)`, or `main(flags, *words)` if it takes words.
 

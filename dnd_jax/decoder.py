@@ -191,6 +191,13 @@ def prepare(decoder: HyperConvDecoder, params: Params, batch: int = 1) -> dict[s
     return {"params": unflatten_dict(rest), "spectra": unflatten_dict(spectra)}
 
 
+def param_shapes(decoder: HyperConvDecoder) -> Params:
+    """Return a decoder's parameters as `jax.ShapeDtypeStruct`s, without making them."""
+    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
+    params: Params = jax.eval_shape(lambda x: decoder.init(jax.random.key(0), x), condition)["params"]
+    return params
+
+
 def _uniform(bound: float) -> nn.initializers.Initializer:
     def init(rng: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
         return jax.random.uniform(rng, tuple(shape), dtype, -bound, bound)

@@ -28,7 +28,7 @@ from dnd_jax.generate import Generator
 from dnd_jax.prompts import Row
 from dnd_jax.scoring import kinds
 from dnd_jax.scoring.kinds import Scores
-from dnd_jax.tasks import read_tasks
+from dnd_jax.tasks import MULTI_TASK, SPLITS, read_tasks, step_folders
 from dnd_jax.types import InputError
 
 MakeAdapter = Callable[[pairs.Task, int], Flat]
@@ -49,7 +49,7 @@ class Evaluation:
         listed = read_tasks(config.tasks)
         self.rows = {"train": {task.name: prompts.read_rows(task.train) for task in listed},
                      "test": {task.name: prompts.read_rows(task.test) for task in listed if task.test}}
-        self.train, self.validation, self.test = (self.store.split(s) for s in pairs.SPLITS)
+        self.train, self.validation, self.test = (self.store.split(s) for s in SPLITS)
         if not self.validation:
             raise InputError(f"{config.export.store}: has no validation task, on which the rungs choose; give a task that split")
         self.known = [self.adapter(task.name) for task in self.train]
@@ -58,15 +58,12 @@ class Evaluation:
 
     def adapter(self, run: str) -> Flat:
         """Return the last checkpoint of a collected run."""
-        steps = sorted((pathlib.Path(self.config.collect.out) / run).glob("step_*"), key=lambda p: int(p.name[5:]))
-        if not steps:
-            raise InputError(f"{self.config.collect.out}/{run}: holds no checkpoint")
-        return flatten_dict(adapters.read(steps[-1])[0], sep="/")
+        last = step_folders(pathlib.Path(self.config.collect.out) / run)[-1]
+        return flatten_dict(adapters.read(last)[0], sep="/")
 
     def draw(self, task: pairs.Task, draw: int) -> np.ndarray:
         """Return the condition `[N, L, C]` of one prompt draw; the same for every rung."""
-        rng = np.random.default_rng((self.config.seed, 2, draw, *task.name.encode()))
-        return task.condition[pairs.draw_prompts(rng, len(task.condition), self.generator.prompts)]
+        return pairs.condition_of(task, self.config.seed, draw, self.generator.prompts)
 
     def ask(self, task: pairs.Task, **how: Any) -> Scores:
         """Score what the model answers to a task as it is now."""
@@ -157,7 +154,7 @@ def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
         "weighted_topk": (use_top_k, f"k = {k}, temperature {temperature}"),
         "ridge": (use_ridge, f"penalty {penalty}"),
         "random": (fixed(baselines.random_like(ev.known, rng)), ""),
-        "multi_task": (fixed(ev.adapter("multi_task")), ""),
+        "multi_task": (fixed(ev.adapter(MULTI_TASK)), ""),
         "dnd": (generated(ev), f"step {ev.generator.step}"),
         "dnd_shuffled": (generated(ev, shift=1), ""),
         "dnd_random_text": (random_text(ev), ""),

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from safetensors import SafetensorError
@@ -221,13 +221,9 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_folder(folder: PathLike, pattern: str = "*") -> str:
-    """Return one hash over names and bytes of the files directly in `folder` that match `pattern`."""
-    digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(folder).glob(pattern)):
-        if path.is_file():
-            digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
+def sha256_files(paths: Iterable[pathlib.Path]) -> str:
+    """Return one hexadecimal SHA-256 over names and bytes of files, in their order."""
+    return sha256_text("".join(f"{path.name}\0{sha256_file(path)}\n" for path in paths))
 
 
 def sync(path: PathLike) -> None:

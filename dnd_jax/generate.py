@@ -26,7 +26,7 @@ from dnd_jax import adapters, baselines, checkpoints, cli, encoders, files, pair
 from dnd_jax.adapters import Spec
 from dnd_jax.adapters.card import card
 from dnd_jax.adapters.tensor_files import TensorFile
-from dnd_jax.decoder import HyperConvDecoder, prepare
+from dnd_jax.decoder import HyperConvDecoder, param_shapes, prepare
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Params, Tree
 
@@ -36,13 +36,12 @@ class Generator:
 
     def __init__(self, workdir: files.PathLike):
         """Load the checkpoint and compile for one prompt batch; `compile_s` and `step` say what that took and found."""
-        self.step, params, self.about, self.metrics = checkpoints.load_best(f"{workdir}/checkpoints")
+        self.step, params, self.about, _ = checkpoints.load_best(f"{workdir}/checkpoints")
         features = tuple(map(tuple, self.about["features"]))
         self.prompts, self.layout = features[0][0], Layout.from_json(self.about["layout"])
         self.spec = Spec.from_json(self.about["spec"], carried_of(workdir, self.about))
         decoder = HyperConvDecoder(features, self.about["kernel_size"], self.about["length"])
-        wanted = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, *decoder.condition_shape)))["params"]
-        checkpoints.check_shapes(f"{workdir}/checkpoints/{self.step}", params, wanted)
+        checkpoints.check_shapes(f"{workdir}/checkpoints/{self.step}", params, param_shapes(decoder))
         began = time.perf_counter()
         self._variables = keep_transforms(decoder, params)
         self._apply: Callable[..., Any] = jax.jit(decoder.apply).lower(
@@ -180,12 +179,13 @@ def overlap(names: Sequence[str], compute: Callable[[str], Any], finish: Callabl
 
 
 def define_flags() -> None:
-    cli.define_string("workdir", "Folder of a training run.")
-    flags.DEFINE_multi_string("prompts", None, "Text file with a prompt a line, or JSON list of prompts or rows; may be "
-                              "given several times, or be several names separated by commas.")
-    flags.mark_flag_as_required("prompts")
-    cli.define_string("out", "Name for the adapter: a link to the folder beside it that has its content's hash for a name. "
-                      "With several prompt files the folder for such links, named by the files' stems.")
+    flags.DEFINE_string("workdir", None, required=True, help="Folder of a training run.")
+    flags.DEFINE_multi_string(
+        "prompts", None, required=True, help="Text file with a prompt a line, or JSON list of prompts or rows; may be given "
+        "several times, or be several names separated by commas.")
+    flags.DEFINE_string(
+        "out", None, required=True, help="Name for the adapter: a link to the folder beside it that has its content's hash for "
+        "a name. With several prompt files the folder for such links, named by the files' stems.")
     flags.DEFINE_integer("seed", 0, "Draws the prompts where a file holds more than the decoder takes.")
     flags.DEFINE_enum("profile", "faithful", ["faithful", "portable"], "As trained, or plain LoRA as vLLM and SGLang take it.")
 

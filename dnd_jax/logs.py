@@ -31,7 +31,8 @@ class MetricsLog:
 
     def __init__(self, workdir: pathlib.Path, first: int, writes: bool = True, tensorboard: bool = False):
         self._path, self._file, self._board = workdir / NAME, None, None
-        self._unwritten, self._size, self.failure = b"", 0, None  # type: bytes, int, OSError | None
+        self._unwritten, self._size = b"", 0
+        self.failure: OSError | None = None
         self._last, self._before, self._waited = (first, time.perf_counter()), 0.0, 0.0
         if not writes:
             return

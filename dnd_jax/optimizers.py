@@ -41,11 +41,6 @@ def dtype_of(config: ml_collections.ConfigDict, field: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def in_float32(params: Params) -> Params:
-    """Return the parameters that gradients and updates are computed for."""
-    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
-
-
 def kept(rng: jax.Array, params: Params, dtype: jnp.dtype) -> Params:
     """Return float32 parameters in the dtype that they are kept in; in bfloat16, rounded up or down by chance.
 

@@ -26,7 +26,6 @@ from dnd_jax.types import InputError
 FORMAT = 2
 CARRIED = "carried.safetensors"
 SEAL = "manifest.sha256"
-SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +99,12 @@ def draw(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int) 
     number = int(rng.integers(len(tasks)))
     checkpoint = int(rng.integers(len(tasks[number].tokens)))
     return number, checkpoint, draw_prompts(rng, len(tasks[number].condition), prompts)
+
+
+def condition_of(task: Task, seed: int, draw: int, prompts: int) -> Float[np.ndarray, "N L C"]:
+    """Return the condition of a task that no sample is of: of one draw of its prompts, the same for all that is compared."""
+    rng = np.random.default_rng((seed, 2, draw, *task.name.encode()))
+    return task.condition[draw_prompts(rng, len(task.condition), prompts)]
 
 
 def sample(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int

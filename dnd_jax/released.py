@@ -18,8 +18,6 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import safetensors.numpy
@@ -29,6 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dnd_jax import checkpoints, cli, encoders, files, tokens, train, workdirs
 from dnd_jax.adapters.architecture import spec_of_model
 from dnd_jax.adapters.tensor_files import TensorFile
+from dnd_jax.decoder import param_shapes
 from dnd_jax.types import InputError, Params
 
 NAMES = {
@@ -180,9 +179,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
     width = config.model.condition_width if "model" in config else encoders.make(config.encoder).width
     decoder = train.decoder_of(config, config.encoder.length, width, layout.shape)
     params = params_from_torch(state)
-    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
-    expected = flatten_dict(jax.eval_shape(lambda x: decoder.init(jax.random.key(0), x), condition)["params"], sep="/")
-    found = flatten_dict(dict(params), sep="/")
+    expected, found = (flatten_dict(dict(tree), sep="/") for tree in (param_shapes(decoder), params))
     for path in sorted(expected.keys() | found.keys()):
         ours, theirs = (list(tree[path].shape) if path in tree else None for tree in (found, expected))
         if ours != theirs:
@@ -202,7 +199,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
 
 
 def define_flags() -> None:
-    cli.define_string("checkpoint", "PyTorch file with the published decoder's state dict.")
+    flags.DEFINE_string("checkpoint", None, required=True, help="PyTorch file with the published decoder's state dict.")
     cli.define_config(required=False)
     flags.DEFINE_string("out", None, "Workdir to write, with --config.")
     flags.DEFINE_string("workdir", None, "Workdir whose best checkpoint is written to the PyTorch file.")

@@ -102,7 +102,7 @@ svg{{max-width:100%;height:auto}}pre{{overflow-x:auto;background:#f6f6f6;padding
 <p><strong>{html.escape(result["verdict"])}</strong></p>
 {body}<h2>Table</h2>
 <p>Scored by {result["scoring"].replace("_", " ")}; intervals by bootstrap over tasks and items; differences are paired.
-<em>in_context</em> sees four labelled examples, <em>in_task</em> is trained on the task's labels, the others on neither.</p>
+<em>in_context</em> sees labelled examples of the task, <em>in_task</em> is trained on its labels, the other rungs see none.</p>
 <pre>{html.escape(table(result))}</pre></body></html>
 """)
 

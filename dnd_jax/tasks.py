@@ -1,16 +1,19 @@
-"""The list of tasks: which data sets belong to which task, and its split."""
+"""The list of tasks: which data sets belong to which task, and its split; the checkpoints of its run."""
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from dnd_jax import files, sources
-from dnd_jax.pairs import SPLITS
 from dnd_jax.sources import Source
 from dnd_jax.types import InputError
+
+SPLITS = ("train", "validation", "test")
+MULTI_TASK = "multi_task"  # the run on the data of all training tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +50,11 @@ def _read_task(name: str, entry: Mapping[str, Any], folder: pathlib.Path, where:
         raise InputError(f"{where}: names no 'train' file, only {sorted(entry)}")
     found = {part: sources.parse(entry[part], folder, where) for part in ("train", "test") if part in entry}
     return Task(name, entry["split"], found["train"], found.get("test"))
+
+
+def step_folders(run: pathlib.Path) -> list[pathlib.Path]:
+    """Return a run's adapter folders in order of their steps."""
+    found = [path for path in run.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    if not found:
+        raise InputError(f"{run}: holds no step_<n> folder, expected one per checkpoint")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from absl import flags
 from tqdm import tqdm
 
 from dnd_jax import baselines, checkpoints, cli, distributed, guards, inputs, logs, optimizers, pairs, sharding, workdirs
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, norm_ratio, token_loss
+from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError, Params
 
 
@@ -70,7 +72,7 @@ def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mes
         params = decoder.init(init_rng, jnp.zeros((1, *decoder.condition_shape)))["params"]
         params["layers_0"]["norm"] |= calibrated
         opt_state = tx.init(params)
-        return State(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: p.astype(dtype), params), opt_state, rng)
+        return State(jnp.zeros((), jnp.int32), optax.tree.cast(params, dtype), opt_state, rng)
 
     key = jax.random.key(config.seed, impl="threefry2x32")
     shapes = jax.eval_shape(init, key)
@@ -112,7 +114,7 @@ def make_train_step(config: ml_collections.ConfigDict, decoder: HyperConvDecoder
         condition_rng, token_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
         noisy_condition = add_noise(condition_rng, condition.astype(jnp.float32), t.condition_noise).astype(decoder.dtype)
         noisy_tokens = add_noise(token_rng, tokens, t.token_noise)
-        params = optimizers.in_float32(state.params)
+        params = optax.tree.cast(state.params, jnp.float32)
         (loss, ratio), gradients = mean_gradient(loss_fn, params, mesh, t.accumulate, noisy_condition, noisy_tokens)
         updates, opt_state = tx.update(gradients, state.opt_state, params)
         params = optimizers.kept(jax.random.fold_in(token_rng, 0), optax.apply_updates(params, updates), dtype)
@@ -203,7 +205,7 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
     t = config.train
     mesh = sharding.make_mesh(config.mesh)
     decoder = make_decoder(config, store).clone(mesh=mesh)
-    tasks, mask = store.split("train"), ~np.isnan(store.tasks[0].tokens[0])
+    tasks, mask = store.split("train"), mask_of(store.layout)
     validate = make_validate(config, store.split("validation"), decoder, mesh, mask, store.importance)
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about(config, store, decoder), t.keep_last, t.keep_every)
     state = make_state(config, decoder, mesh, tasks if t.calibrate else (), checkpointer.restore)
@@ -253,13 +255,13 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
 
 
 def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperConvDecoder) -> dict[str, Any]:
-    """Return what a checkpoint must say so that one can generate from it, given what adapters hold beside A and B."""
+    """Return what a checkpoint must say so that one can generate from it."""
     return {
         "config": json.loads(cli.config_json(config)), "features": [list(map(int, f)) for f in decoder.features],
-        "length": decoder.length,
-        "kernel_size": decoder.kernel_size, "layout": store.layout.to_json(), "spec": store.manifest["spec"],
-        "encoder": store.manifest["encoder"], "base": store.manifest["base"], "carried": keys.count_kinds(store.spec),
-        "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED), "averaged": store.manifest["averaged"],
+        "length": decoder.length, "kernel_size": decoder.kernel_size, "layout": store.layout.to_json(),
+        "spec": store.manifest["spec"], "encoder": store.manifest["encoder"], "base": store.manifest["base"],
+        "carried": keys.count_kinds(store.spec), "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED),
+        "averaged": store.manifest["averaged"],
         "embeddings": {t.name: baselines.pool(t.condition).round(6).tolist() for t in store.split("train")},
     }
 
@@ -267,7 +269,7 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
 def define_flags() -> None:
     cli.define_config()
     distributed.define_flags()
-    cli.define_string("workdir", "Folder for checkpoints, config and metrics.")
+    flags.DEFINE_string("workdir", None, required=True, help="Folder for checkpoints, config and metrics.")
 
 
 def main(args: Any) -> None:

@@ -2,10 +2,11 @@
 
     python -m experiments.demo            # what `make demo` calls; --arg=seed=1 for another world
 
-A station's key is a hash of the code, the config and the key of the station before it. A station that was interrupted
-goes on where it was; one whose key has changed starts afresh.
+A station's key is a hash of its code with all of ours that this imports, the config and the key of the station before it. A
+station that was interrupted goes on where it was; one whose key has changed starts afresh.
 """
 
+import modulefinder
 import os
 import pathlib
 import shutil
@@ -18,24 +19,6 @@ from absl import flags
 
 from dnd_jax import cli, files, report
 from experiments.configs import tenants
-
-ADAPTERS = tuple(f"dnd_jax/adapters/{name}.py" for name in (
-    "spec", "patterns", "keys", "consistency", "tensor_files", "folder", "gauge"))
-SCORING = tuple(f"dnd_jax/scoring/{name}.py" for name in ("__init__", "kinds", "model"))
-CODE = {
-    "tenants": ("data_pipeline/tenants.py", "data_pipeline/world.py", "dnd_jax/prompts.py"),
-    "collect": ("data_pipeline/collect.py", "data_pipeline/fine_tuning.py", "data_pipeline/images.py", "dnd_jax/tasks.py",
-                "dnd_jax/sources.py", "dnd_jax/prompts.py", "dnd_jax/checksums.py"),
-    "export": ("data_pipeline/export.py", "data_pipeline/agreement.py", *ADAPTERS, "dnd_jax/tokens.py", "dnd_jax/pairs.py",
-               "dnd_jax/encoders.py"),
-    "train": ("dnd_jax/train.py", "dnd_jax/optimizers.py", "dnd_jax/decoder.py", "dnd_jax/fourier_conv.py",
-              "dnd_jax/fourier_constants.py", "dnd_jax/fourier_plan.py", "dnd_jax/losses.py", "dnd_jax/checkpoints.py",
-              "dnd_jax/checksums.py", "dnd_jax/sharding.py", "dnd_jax/distributed.py", "dnd_jax/inputs.py",
-              "dnd_jax/logs.py", "dnd_jax/guards.py", "dnd_jax/workdirs.py"),
-    "generate": ("dnd_jax/generate.py", "dnd_jax/adapters/card.py"),
-    "evaluate": ("dnd_jax/evaluate.py", "dnd_jax/baselines.py", *SCORING, "dnd_jax/report.py",
-                 "dnd_jax/harm.py", "dnd_jax/statistics.py", "dnd_jax/audit.py"),
-}
 
 
 def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
@@ -64,8 +47,7 @@ def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
     root = pathlib.Path(config.tasks).parent
     key, ran = "", []
     for name, (command, outputs) in stations(arg).items():
-        code = "".join(files.sha256_file(path) for path in CODE[name])
-        key = files.sha256_text(key + code + cli.config_json(config) + " ".join(command))
+        key = files.sha256_text(key + code_hash(command[0]) + cli.config_json(config) + " ".join(command))
         stamp = root / "stamps" / f"{name}.json"
         found = files.read_json(stamp) if stamp.exists() else {}
         if found.get("key") != key:
@@ -83,6 +65,14 @@ def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
     return root / "run", ran
 
 
+def code_hash(module: str) -> str:
+    """Return hashes of a module's file and of those in this folder that it imports, directly or not."""
+    finder = modulefinder.ModuleFinder(["."])
+    finder.run_script(f"{module.replace('.', '/')}.py")
+    modules: dict[str, Any] = finder.modules
+    return "".join(sorted(files.sha256_file(found.__file__) for found in modules.values() if found.__file__))
+
+
 def _tasks(path: str) -> dict[str, dict[str, str]]:
     return files.read_json(path) if pathlib.Path(path).exists() else {}
 
@@ -96,7 +86,7 @@ def main(args: Any) -> None:
     seconds = {p.stem: files.read_json(p)["seconds"] for p in (workdir.parent / "stamps").glob("*.json")}
     if "evaluate" not in ran:
         print(report.table(files.read_json(workdir / "report.json")))
-    print(f"\n{workdir}/report.html; seconds: " + ", ".join(f"{name} {seconds[name]:.0f}" for name in CODE)
+    print(f"\n{workdir}/report.html; seconds: " + ", ".join(f"{name} {seconds[name]:.0f}" for name in stations(args.arg))
           + f", together {sum(seconds.values()):.0f}")
 
 

@@ -44,6 +44,7 @@ def scores(config: ml_collections.ConfigDict, workdir: str, tests: Sequence[Task
     def score(place: str, scoring: str, out: str, adapter: str = "") -> list[str]:
         return ["dnd_jax.evaluate", f"--base={config.base}", f"--data={place}", f"--scoring={scoring}",
                 f"--batch_size={e.batch_size}", f"--max_new_tokens={e.max_new_tokens}",
+                f"--samples={e.samples}", f"--temperature={e.temperature}",
                 *([f"--adapter={workdir}/generated/{adapter}"] if adapter else []), f"--out={workdir}/scores/{out}.json"]
 
     commands, e = [], config.evaluate
@@ -67,7 +68,7 @@ def run(command: Sequence[str]) -> int:
 
 def define_flags() -> None:
     cli.define_config()
-    cli.define_string("workdir", "Folder of the training run, and of what is generated.")
+    flags.DEFINE_string("workdir", None, required=True, help="Folder of the training run, and of what is generated.")
     flags.DEFINE_integer("jobs", 1, "Tasks collected at once, each in its own process and on a GPU of its own.", lower_bound=1)
     flags.DEFINE_bool("despite_findings", False, "Go on whatever the audit finds.")
 

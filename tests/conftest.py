@@ -143,6 +143,42 @@ def train_command(store, workdir, **train):
             "--config.decoder.blocks=((6, 4, 6),)", *(f"--config.train.{k}={v}" for k, v in settings.items())]
 
 
+VISION_MARKS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+VISION_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}" + "".join(VISION_MARKS) + "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %} reply in")
+
+
+@pytest.fixture(scope="session")
+def vision_base(tmp_path_factory):
+    """A folder with a miniature of Qwen2.5-VL, `base`, and pictures of 16 x 8 and 8 x 8 pixels, so of 2 and 1 tokens."""
+    import torch
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from data_pipeline.tenants import make_base_tokenizer
+
+    folder = tmp_path_factory.mktemp("vision")
+    tokenizer = make_base_tokenizer(["user system how many what is this and that whale ant seven two 1 2 3 reply in",
+                                     "which colour is it ? A: red B: blue [A] [B]"])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(VISION_MARKS)})
+    tokenizer.chat_template = VISION_TEMPLATE
+    torch.manual_seed(0)
+    model = small_base("qwen2_5_vl", vocab_size=len(tokenizer))
+    model.config.vision_start_token_id, model.config.image_token_id, model.config.vision_end_token_id = (
+        tokenizer.convert_tokens_to_ids(list(VISION_MARKS)))
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
+                             ).save_pretrained(folder / "base")
+    rng = np.random.default_rng(0)
+    for name, size in (("wide", (8, 16, 3)), ("small", (8, 8, 3))):
+        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{name}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
 def read_log(workdir):
     """Return the lines of a run's log."""
     return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]

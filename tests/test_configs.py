@@ -10,6 +10,7 @@ import pytest
 
 from dnd_jax import cli, tasks, tokens, train
 from dnd_jax.adapters.architecture import ALL_LINEAR, spec_of_model
+from dnd_jax.decoder import param_shapes
 
 FILES = ("common_sense", "coding", "math", "multimodal", "ablations")
 VARIANTS = [(file, variant) for file in FILES for variant in importlib.import_module(f"experiments.configs.{file}").VARIANTS]
@@ -24,19 +25,14 @@ def decoder_for(config):
     return train.decoder_of(config, config.encoder.length, config.model.condition_width, layout.shape), layout
 
 
-def shapes_of(decoder):
-    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
-    return jax.eval_shape(lambda x: decoder.init(jax.random.key(0), x), condition), condition
-
-
 @pytest.mark.parametrize("file,variant", VARIANTS)
 def test_decoder_fits_encoder_and_layout(file, variant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = get(file, variant)
     decoder, layout = decoder_for(config)
-    params, condition = shapes_of(decoder)
+    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
     assert condition.shape == (1, config.condition.prompts, config.encoder.length, config.model.condition_width)
-    out = jax.eval_shape(decoder.apply, params, condition)
+    out = jax.eval_shape(decoder.apply, {"params": param_shapes(decoder)}, condition)
     assert out.shape == (1, *layout.shape)
     splits = {entry["split"] for entry in config.tasks.values()}
     assert splits == {"train", "test"} and len(read_names(config)) == len(config.tasks)
@@ -112,7 +108,7 @@ def test_sizes_are_the_published_ones(capsys):
     rows = {}
     for file, variant in VARIANTS:
         decoder, layout = decoder_for(get(file, variant))
-        params, _ = shapes_of(decoder)
+        params = param_shapes(decoder)
         rows[file, variant] = (sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e9, decoder.flops / 1e12, layout.shape)
     with capsys.disabled():
         print("\nexperiment                         parameters  TFLOP per adapter  tokens")

@@ -1,78 +1,47 @@
 """Fine-tuning on rows with images: a miniature of Qwen2.5-VL, its image processor and its chat template, on two pictures."""
 
 import json
-import pathlib
 
 import ml_collections
 import numpy as np
 import pytest
 import torch
-from conftest import small_base
-from PIL import Image
+from conftest import VISION_MARKS, small_base
 
-from data_pipeline import collect, fine_tuning, images
-from dnd_jax import adapters
+from data_pipeline import collect, fine_tuning
+from dnd_jax import adapters, images
 from dnd_jax.prompts import Row
 from dnd_jax.types import InputError
 from experiments.configs import tenants
 
-MARKS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-TEMPLATE = ("{% for m in messages %}{{ m.role }} {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-            "{% if part.type == 'image' %}" + "".join(MARKS) + "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
-            "{% endfor %} reply in")
 PATCH = 4  # as small_base has it
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with model, tokenizer and image processor, and pictures of 16 x 8 and 8 x 8 pixels, so of 2 and 1 tokens."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    from data_pipeline.tenants import make_base_tokenizer
-
-    folder = tmp_path_factory.mktemp("vl")
-    tokenizer = make_base_tokenizer(["user system how what is this and that whale ant seven two reply in"])
-    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
-    tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    model = small_base("qwen2_5_vl", vocab_size=len(tokenizer))
-    model.config.vision_start_token_id, model.config.image_token_id, model.config.vision_end_token_id = (
-        tokenizer.convert_tokens_to_ids(list(MARKS)))
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
-                             ).save_pretrained(folder / "base")
-    rng = np.random.default_rng(0)
-    for name, size in (("wide", (8, 16, 3)), ("small", (8, 8, 3))):
-        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{name}.png")
-    (folder / "broken.png").write_bytes(b"no image")
-    return folder
+def model(vision_base):
+    config = settings(vision_base, vision_base / "unused").collect
+    return fine_tuning.load_model(str(vision_base / "base"), config, 0)[:2]
 
 
-@pytest.fixture(scope="module")
-def model(base):
-    config = settings(base, base / "unused").collect
-    return fine_tuning.load_model(str(base / "base"), config, 0)[:2]
-
-
-def settings(base, out, **changes):
+def settings(vision_base, out, **changes):
     config = tenants.get_config("smoke").unlock()
-    config.base, config.tasks = str(base / "base"), str(base / "tasks.json")
+    config.base, config.tasks = str(vision_base / "base"), str(vision_base / "tasks.json")
     config.collect.update({"out": str(out), "batch_size": 3, "steps": 3, "checkpoints": 2, "multi_task_steps": 2,
                            "learning_rate": 1e-2} | changes)
     return ml_collections.FrozenConfigDict(config)
 
 
-def row(base, prompt, *names):
-    return Row(prompt, "seven two", images=tuple(str(base / f"{name}.png") for name in names))
+def row(vision_base, prompt, *names):
+    return Row(prompt, "seven two", images=tuple(str(vision_base / f"{name}.png") for name in names))
 
 
-def test_images_become_as_many_tokens_as_patches_and_labels_stay_on_the_response(base, model):
+def test_images_become_as_many_tokens_as_patches_and_labels_stay_on_the_response(vision_base, model):
     _, tokenizer = model
-    reader = images.Reader(str(base / "base"), tokenizer)
-    rows = [row(base, "how <image> and <image> is", "wide", "small"), row(base, "what is this", "small"), Row("what is", "seven")]
+    reader = images.Reader(str(vision_base / "base"), tokenizer)
+    rows = [row(vision_base, "how <image> and <image> is", "wide", "small"), row(vision_base, "what is this", "small"),
+            Row("what is", "seven")]
     examples = fine_tuning.tokenise(tokenizer, rows, 64, reader)
-    start, pad, end = tokenizer.convert_tokens_to_ids(list(MARKS))
+    start, pad, end = tokenizer.convert_tokens_to_ids(list(VISION_MARKS))
     ids = examples[0].ids
     assert ids[ids.index(start) : ids.index(end) + 1] == [start, pad, pad, end] and ids.count(pad) == 3
     assert examples[1].ids.index(start) < examples[1].ids.index(tokenizer.convert_tokens_to_ids("what"))
@@ -86,10 +55,10 @@ def test_images_become_as_many_tokens_as_patches_and_labels_stay_on_the_response
     assert set(fine_tuning.collate(examples[2:], 0)) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_the_loss_sees_the_picture_and_its_gradient_is_that_of_single_rows(base, model):
+def test_the_loss_sees_the_picture_and_its_gradient_is_that_of_single_rows(vision_base, model):
     peft_model, tokenizer = model
-    reader = images.Reader(str(base / "base"), tokenizer)
-    rows = [row(base, "what is this", "wide"), Row("what is that", "two"), row(base, "what is this", "small")]
+    reader = images.Reader(str(vision_base / "base"), tokenizer)
+    rows = [row(vision_base, "what is this", "wide"), Row("what is that", "two"), row(vision_base, "what is this", "small")]
     examples = fine_tuning.tokenise(tokenizer, rows, 64, reader)
     tokens, found = sum(map(fine_tuning.learned, examples)), []
     for microbatches in ([examples], [[example] for example in examples]):
@@ -103,13 +72,13 @@ def test_the_loss_sees_the_picture_and_its_gradient_is_that_of_single_rows(base,
     assert abs((seen - black).item()) > 1e-5
 
 
-def test_collect_of_rows_with_images(base, tmp_path):
+def test_collect_of_rows_with_images(vision_base, tmp_path):
     rows = [{"conversations": [{"from": "human", "value": "<image>what is this"}, {"from": "gpt", "value": "seven"}],
              "images": [f"{name}.png"]} for name in ("wide", "small")] + [{"conversations": [
                  {"from": "human", "value": "what is that"}, {"from": "gpt", "value": "two"}]}]
-    (base / "rows.json").write_text(json.dumps(rows))
-    (base / "tasks.json").write_text(json.dumps({"pictures": {"split": "train", "train": "rows.json"}}))
-    config = settings(base, tmp_path)
+    (vision_base / "rows.json").write_text(json.dumps(rows))
+    (vision_base / "tasks.json").write_text(json.dumps({"pictures": {"split": "train", "train": "rows.json"}}))
+    config = settings(vision_base, tmp_path)
     collect.collect_one(config, collect.plan_runs(config)[1])
     record = json.loads((tmp_path / "pictures" / "run.json").read_text())
     assert record["rows"] == 3 and np.isfinite(record["loss"]).all() and len(record["loss"]) == 5
@@ -117,17 +86,17 @@ def test_collect_of_rows_with_images(base, tmp_path):
     assert np.abs(tree["model"]["language_model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_B"]).max() > 0
 
 
-def test_what_can_not_be_is_named(base, model):
+def test_what_can_not_be_is_named(vision_base, model):
     _, tokenizer = model
-    reader = images.Reader(str(base / "base"), tokenizer)
-    for given, message in ((row(base, "<image> and <image>", "wide"), "has 2 places <image> for 1 images"),
-                           (row(base, "what", "broken"), r"broken\.png: cannot identify image file"),
-                           (row(base, "what", "nowhere"), r"nowhere\.png: .*No such file")):
+    reader = images.Reader(str(vision_base / "base"), tokenizer)
+    for given, message in ((row(vision_base, "<image> and <image>", "wide"), "has 2 places <image> for 1 images"),
+                           (row(vision_base, "what", "broken"), r"broken\.png: cannot identify image file"),
+                           (row(vision_base, "what", "nowhere"), r"nowhere\.png: .*No such file")):
         with pytest.raises(InputError, match=message):
             fine_tuning.tokenise(tokenizer, [given], 64, reader)
     with pytest.raises(InputError, match=r"a row has images: 'what' with .*wide\.png"):
-        fine_tuning.tokenise(tokenizer, [row(base, "what", "wide")], 64)
-    plain = pathlib.Path(base / "text")
+        fine_tuning.tokenise(tokenizer, [row(vision_base, "what", "wide")], 64)
+    plain = (vision_base / "text")
     small_base("qwen2", vocab_size=len(tokenizer)).save_pretrained(plain)
     with pytest.raises(InputError, match=r"text: takes text only"):
         images.Reader(str(plain), tokenizer)

@@ -15,6 +15,7 @@ from conftest import ROOT, make_store, read_log, tiny_config, train_command, wit
 
 from dnd_jax import checkpoints, inputs, optimizers, pairs, sharding, train, workdirs
 from dnd_jax.decoder import HyperConvDecoder
+from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError
 
 
@@ -258,7 +259,7 @@ def test_validation_takes_no_more_at_once_than_a_microbatch_and_is_the_same(tmp_
     for accumulate in (1, 8):  # 8 examples at once and one
         config, mesh = tiny_config(tmp_path / "store", accumulate=accumulate), sharding.make_mesh()
         decoder = train.make_decoder(config, opened)
-        mask = ~np.isnan(opened.tasks[0].tokens[0])
+        mask = mask_of(opened.layout)
         validate = train.make_validate(config, opened.split("validation"), decoder, mesh, mask, opened.importance)
         found.append(validate(train.make_state(config, decoder, mesh).params))
     assert set(sizes[:2]) == {8} and set(sizes[2:]) == {1} and len(sizes) == 2 + 12

@@ -1,50 +1,21 @@
-"""Vision and language: rows with images through a processor, by a miniature Qwen2.5-VL.
-
-Without torchvision, transformers builds no processor of this model (its video part needs it), so the miniature's has none.
-"""
+"""Vision and language: a miniature Qwen2.5-VL is asked about images, as it was fine-tuned on them."""
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from conftest import small_base
 from PIL import Image
 
+from data_pipeline import fine_tuning
+from dnd_jax.images import Reader
 from dnd_jax.scoring import Model, choice, kinds
 from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
-MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-
-
-class Processor(transformers.Qwen2_5_VLProcessor):
-    """The model's own processor without videos."""
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-        self.image_token, self.video_token = MARKS[:2]
-        self.image_token_id, self.video_token_id = map(tokenizer.convert_tokens_to_ids, MARKS[:2])
-        transformers.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+IMAGES = {"pixel_values", "image_grid_thw"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    from data_pipeline.tenants import make_base_tokenizer
-
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = make_base_tokenizer(["which colour is it ? A: red B: blue [A] [B]", "how many ? 1 2 3"])
-    tokenizer.add_tokens(list(MARKS), special_tokens=True)
-    torch.manual_seed(0)
-    base = small_base("qwen2_5_vl", vocab_size=len(tokenizer), initializer_range=0.5)
-    for mark, name in zip(MARKS, ("image", "video", "vision_start", "vision_end"), strict=True):
-        setattr(base.config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(mark))
-    base.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    found = Model(str(folder), None, 3, 4)
-    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024)
-    found.__dict__["_processor"] = Processor(images, found.tokenizer)
-    return found
+def model(vision_base):
+    return Model(str(vision_base / "base"), None, 3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +27,7 @@ def rows(tmp_path_factory):
     pictures[0].save(folder / "first.png")
     asked = "which colour is it ?\nA: red\nB: blue"
     return [Row(f"<image>{asked}", "[A]", images=(str(folder / "first.png"),)), Row(asked, "[B]", images=(pictures[1],)),
-            Row(f"<image1>\n<image2>{asked}", "[B]", images=tuple(pictures)), Row(asked, "[A]"),
+            Row(f"<image>\n<image>{asked}", "[B]", images=tuple(pictures)), Row(asked, "[A]"),
             Row("how many ?", "2", images=(pictures[1],))]
 
 
@@ -66,6 +37,21 @@ def test_answers_and_loglikelihoods_are_those_of_the_rows_alone(model, rows):
     assert [model.answer([row])[0] for row in rows] == answers
     for row, found, values in zip(rows, options, together, strict=False):
         np.testing.assert_allclose(model.loglikelihood([row], [found])[0], values, atol=1e-4)
+
+
+def test_a_row_is_asked_as_it_is_fine_tuned_on(model, rows):
+    reader = Reader(model.base, model.tokenizer)
+    for row, question, example in zip(rows, model.questions(rows), fine_tuning.tokenise(model.tokenizer, rows, 999, reader),
+                                      strict=True):
+        learned = fine_tuning.collate([example], 0)
+        count = len(question["input_ids"])
+        assert example.ids[:count] == question["input_ids"] and set(example.labels[:count]) == {fine_tuning.IGNORED}
+        assert example.labels[count] != fine_tuning.IGNORED
+        assert set(question) == ({*IMAGES, "input_ids", "mm_token_type_ids"} if row.images else {"input_ids"})
+        for key in question.keys() & IMAGES:
+            np.testing.assert_array_equal(learned[key], question[key])
+        if row.images:
+            assert learned["mm_token_type_ids"][0, :count].tolist() == question["mm_token_type_ids"]
 
 
 def test_the_picture_matters(model, rows):

@@ -10,7 +10,6 @@ The spec holds all the rest of the folder, so that writing gives back the same t
 
 import concurrent.futures
 import functools
-import hashlib
 import json
 import pathlib
 from typing import Any
@@ -124,10 +123,7 @@ def write_addressed(root: files.PathLike, tree: Tree, spec: Spec, card: str | No
 
 def content_hash(folder: files.PathLike) -> str:
     """Return 16 hexadecimal digits of the SHA-256 over names and bytes of a folder's config and tensors."""
-    digest = hashlib.sha256()
-    for name in (CONFIG, TENSORS):
-        digest.update(f"{name}\0{files.sha256_file(pathlib.Path(folder) / name)}\n".encode())
-    return digest.hexdigest()[:16]
+    return files.sha256_files(pathlib.Path(folder) / name for name in (CONFIG, TENSORS))[:16]
 
 
 def _tensors(tree: Tree, spec: Spec, where: str) -> dict[str, np.ndarray]:

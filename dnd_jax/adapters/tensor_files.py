@@ -134,9 +134,9 @@ def is_finite(value: np.ndarray, dtype: npt.DTypeLike) -> bool:
     return bool(flat.view(signed).max() < limit and flat.view(unsigned).max() < limit + sign)
 
 
-def check_finite(value: np.ndarray, where: str, dtype: npt.DTypeLike | None = None) -> None:
-    """Raise InputError, its message beginning with `where`, unless `is_finite`; `dtype` is by default the array's own."""
-    if not is_finite(value, value.dtype if dtype is None else dtype):
+def check_finite(value: np.ndarray, where: str) -> None:
+    """Raise InputError, its message beginning with `where`, unless `is_finite`."""
+    if not is_finite(value, value.dtype):
         raise InputError(f"{where}: holds a value that is not finite")
 
 

@@ -1,11 +1,10 @@
 """Ask a base model with an adapter, by transformers and PEFT: greedy answers, samples, log-likelihoods. Imports torch lazily.
 
-A base of vision and language is loaded with its processor, which rows with images need; the base has its own dtype.
+Rows with images are asked as they are fine-tuned on (`images`); the base has its own dtype.
 """
 
 import contextlib
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ from flax.traverse_util import flatten_dict
 
 from dnd_jax import adapters, prompts
 from dnd_jax.adapters import Spec
+from dnd_jax.images import Reader
 from dnd_jax.prompts import Row
-from dnd_jax.types import InputError, Tree
+from dnd_jax.types import Tree
 
 IDS = "input_ids"
-PLACEHOLDER = re.compile(r"<image\d*>\s?")  # where the data's text names an image; images come before the text
-# What is asked: token ids under IDS, and of rows with images what the processor made of these, a value a token or a tensor.
+# What is asked: token ids under IDS, and of rows with images their tensors, and which tokens are theirs.
 Question = dict[str, Any]
 
 
@@ -95,31 +94,12 @@ class Model:
     def _question(self, row: Row) -> Question:
         if not row.images:
             return {IDS: prompts.prompt_ids(self.tokenizer, row)}
-        text = PLACEHOLDER.sub("", row.prompt)
-        if self._processor.chat_template:
-            messages: list[dict[str, Any]] = [{"role": "system", "content": row.system}] if row.system else []
-            content = [*({"type": "image"} for _ in row.images), {"type": "text", "text": text}]
-            messages.append({"role": "user", "content": content})
-            text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        else:
-            text = "\n".join(filter(None, (row.system, *[self._processor.image_token] * len(row.images), text)))
-        found = dict(self._processor(text=[text], images=[_open(image) for image in row.images], return_tensors="pt"))
-        del found["attention_mask"]
-        length = found[IDS].shape[1]
-        return {key: value[0].tolist() if tuple(value.shape) == (1, length) else value for key, value in found.items()}
+        ids = self._reader.prompt_ids(row)
+        return {IDS: ids, **self._reader.inputs(row.images), "mm_token_type_ids": [int(i == self._reader.token) for i in ids]}
 
     @functools.cached_property
-    def _processor(self) -> Any:
-        from transformers import AutoProcessor, ProcessorMixin
-
-        try:
-            processor: Any = AutoProcessor.from_pretrained(self.base)
-        except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"{self.base}: a row has images, and there is no processor: {str(error).strip().splitlines()[0]}"
-                             ) from error
-        if not isinstance(processor, ProcessorMixin):
-            raise InputError(f"{self.base}: a row has images, which this base doesn't take")
-        return processor
+    def _reader(self) -> Reader:
+        return Reader(self.base, self.tokenizer)
 
     def _generate(self, rows: Sequence[Row], adapter: bool, examples: Sequence[Row], **how: Any) -> list[str]:
         questions = self.questions(rows, examples)
@@ -205,18 +185,6 @@ def _join(first: Question, second: Question) -> Question:
         else:
             joined[key] = [v for q in (first, second) for v in q.get(key, [0] * len(q[IDS]))]
     return joined
-
-
-def _open(image: Any) -> Any:
-    from PIL import Image
-
-    if not isinstance(image, str):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{image}: {error}") from error
 
 
 def _name(spec: Spec) -> str:

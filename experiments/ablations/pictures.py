@@ -15,10 +15,9 @@ RED, PALE_RED, DARK, BLUE, GREY = "#c03a2b", "#e3a39b", "#444444", "#7f9db9", "#
 RUNGS = {"in_task": DARK, "dnd": RED, "ridge": "#3f6f9f", "nearest": BLUE, "mean_adapter": "#b9cbdb", "dnd_shuffled": PALE_RED}
 
 
-def _axes(figure: Figure) -> list[Any]:
+def _open_corners(figure: Figure) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    return figure.axes
 
 
 # --- runs of a sweep -------------------------------------------------------------------------------------------------
@@ -38,7 +37,7 @@ def curves(table: pandas.DataFrame, labels: Mapping[str, str]) -> Figure:
         found[0].set_yscale("log")
     found[0].set_ylabel("loss")
     figure.legend(*found[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    _axes(figure)
+    _open_corners(figure)
     return figure
 
 
@@ -57,7 +56,7 @@ def layer_norms(s: anatomy.Specimens, task: str) -> Figure:
     axes.set_xticks(places, [short(module) for module in anatomy.modules(s.held_out[task])], rotation=45, ha="right")
     axes.set(ylabel="norm of B A", ylim=(0, None))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    _axes(figure)
+    _open_corners(figure)
     return figure
 
 
@@ -81,7 +80,7 @@ def distances(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set(xlim=(0, None), xlabel="distance; 1 (the line) is from the trained adapter to the mean of the training adapters")
     axes.grid(axis="y", color="#eeeeee")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    _axes(figure)
+    _open_corners(figure)
     return figure
 
 
@@ -100,7 +99,7 @@ def spectra(s: anatomy.Specimens, task: str) -> Figure:
     axes.set_xticks(range(len(modules)), [short(module) for module in modules], rotation=45, ha="right")
     axes.set_ylabel("singular values of B A")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    _axes(figure)
+    _open_corners(figure)
     return figure
 
 
@@ -126,7 +125,7 @@ def ladders(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="exact match on held-out tasks, 95% interval")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(RUNGS), frameon=False)
-    _axes(figure)
+    _open_corners(figure)
     return figure
 
 
@@ -143,5 +142,5 @@ def by_count(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.set_xticks([count for count, _ in counts], [str(count) for count, _ in counts])
     axes.set(ylim=(-0.03, 1.03), xlabel="prompts in a condition", ylabel="exact match on held-out tasks")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    _axes(figure)
+    _open_corners(figure)
     return figure

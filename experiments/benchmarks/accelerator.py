@@ -18,7 +18,7 @@ import numpy as np
 
 from dnd_jax import files, released, tokens, train
 from dnd_jax.adapters.architecture import spec_of_model
-from dnd_jax.decoder import HyperConvDecoder, prepare
+from dnd_jax.decoder import HyperConvDecoder, param_shapes, prepare
 from experiments.configs import coding, common_sense, multimodal
 
 PEAK = {"H100": 790.0, "H200": 790.0, "A100": 312.0}  # dense bf16 TFLOP/s that matrix products reach or are sold with
@@ -37,9 +37,7 @@ def decoder_of(config: Any) -> HyperConvDecoder:
 
 def parameters(decoder: HyperConvDecoder) -> int:
     """Return how many parameters a decoder has."""
-    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
-    shapes = jax.eval_shape(lambda x: decoder.init(jax.random.key(0), x), condition)["params"]
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)))
 
 
 def floors(chip: str = "H100") -> str:

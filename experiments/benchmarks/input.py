@@ -49,7 +49,7 @@ def measure(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, tasks:
     mesh, size = sharding.make_mesh(config.mesh), config.train.batch_size
     decoder = decoder.clone(mesh=mesh)
     read = inputs.make_read(config, tasks, mesh)
-    mask = ~np.isnan(tasks[0].tokens[0])
+    mask = np.ones(tasks[0].tokens[0].shape, bool)
     step = jax.jit(train.make_train_step(config, decoder, mesh, mask, np.ones(len(mask), np.float32)), donate_argnums=0)
     batch = read(0)
     state, _ = step(train.make_state(config, decoder, mesh), *batch)  # compiled, and not timed

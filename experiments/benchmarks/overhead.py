@@ -28,7 +28,7 @@ from absl import flags
 from data_pipeline import fine_tuning
 from dnd_jax import cli, files, tokens, train
 from dnd_jax.adapters.architecture import spec_of_model
-from dnd_jax.decoder import HyperConvDecoder
+from dnd_jax.decoder import HyperConvDecoder, param_shapes
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError
 from experiments.configs import coding, common_sense, math, multimodal
@@ -67,9 +67,7 @@ def make_decoder(config: ml_collections.ConfigDict) -> tuple[HyperConvDecoder, L
 
 def size_of(decoder: HyperConvDecoder) -> dict[str, float]:
     """Return a decoder's parameters and floating point operations per adapter, by shapes alone."""
-    condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
-    params = jax.eval_shape(lambda x: decoder.init(jax.random.key(0), x), condition)
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "flop": decoder.flops}
+    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder))), "flop": decoder.flops}
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

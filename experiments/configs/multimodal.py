@@ -5,7 +5,6 @@ language tower, the conditions of the prompts' text.
 
 Hardware: an A100 with 80 GB, where `config.train.accumulate` divides what doesn't fit; the decoder has 2.4 G parameters, 29
 TFLOP per adapter.
-Needs torchvision, without which transformers builds no processor of this model.
 Expected: 0.61 s and 20.3 GB to generate an adapter on an A100 (paper, its own figures).
 """
 

@@ -8,8 +8,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from dnd_jax.prompts import Row
 from dnd_jax.types import InputError
 
@@ -60,21 +58,16 @@ class Reader:
             width, height = found.size
         return self._processor.get_number_of_image_patches(height, width) // self._processor.merge_size**2
 
-    def read(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Return the patches of images one after the other, and every image's grid `[time, height, width]`."""
+    def inputs(self, images: Sequence[Any]) -> dict[str, Any]:
+        """Return tensors of images: their patches one after the other, and every image's grid `[time, height, width]`."""
+        import torch
+
         pictures = []
         for image in images:
             with opened(image) as file:
                 pictures.append(file.convert("RGB"))
         found = self._processor(pictures, return_tensors="np")
-        return {name: found[name] for name in ("pixel_values", "image_grid_thw")}
-
-    def inputs(self, images: Sequence[Any], ids: Any) -> dict[str, Any]:
-        """Return what a model takes beside the ids `[B, S]` of a batch with these images, in the order of its rows."""
-        import torch
-
-        return {name: torch.from_numpy(value) for name, value in self.read(images).items()} | {
-            "mm_token_type_ids": (ids == self.token).int()}
+        return {name: torch.from_numpy(found[name]) for name in ("pixel_values", "image_grid_thw")}
 
 
 def content(row: Row) -> list[dict[str, str]]:
