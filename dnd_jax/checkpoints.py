@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import pathlib
-import sys
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,16 +24,17 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from dnd_jax import checksums, distributed, files
+from dnd_jax import checksums, cli, distributed, files
 from dnd_jax.types import InputError, Params
 
-METRICS = "metrics/metrics"
+METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"
 SAVE_S = 600  # a save that takes longer has failed; of several processes, the others wait so long for one that could not write
 
 
 def merit(metrics: dict[str, float] | None) -> float:
     """Return what the best checkpoint has most of; without validation tasks all are alike, and the latest is taken."""
-    return -(metrics or {}).get("validation_loss", math.inf)
+    loss = (metrics or {}).get("validation_loss")
+    return -loss if isinstance(loss, int | float) else -math.inf
 
 
 class Checkpointer:
@@ -127,17 +128,21 @@ class Checkpointer:
         except Exception as error:
             self._fail(error)
             return
+        path = self._folder / str(step)
+        if not (path / METADATA).is_file():
+            self._fail(f"no {METADATA} there after saving")
+            return
         try:
             if distributed.is_first():
-                checksums.write(self._folder / str(step))
+                checksums.write(path)
         except OSError as error:  # as after a kill, damage is then noticed only where it keeps Orbax from loading
-            print(f"\nwarning: {self._folder / str(step)} is written, but not its hashes: {error}", file=sys.stderr, flush=True)
+            print(f"\nwarning: {path} is written, but not its hashes: {error}", file=cli.Stderr(), flush=True)
 
     def _fail(self, error: BaseException | str) -> None:
         if self.failure is None:
             reason = " ".join(str(error).split())[:500]
             self.failure = OSError(f"{self._folder / str(self._step)}: this checkpoint is not written: {reason}")
-            print(f"\nerror: {self.failure}", file=sys.stderr, flush=True)
+            print(f"\nerror: {self.failure}", file=cli.Stderr(), flush=True)
 
     def failed(self) -> bool:
         """Tell whether the latest save has failed by now, in any process; the same answer in all of them."""
@@ -208,7 +213,7 @@ def _own_log() -> logging.Logger:
 
 def steps(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the committed checkpoints in order of their steps; empty folders and those set aside are none."""
-    found = [path.parent for path in folder.glob("[0-9]*/_CHECKPOINT_METADATA") if path.parent.name.isdigit()]
+    found = [path.parent for path in folder.glob(f"[0-9]*/{METADATA}") if path.parent.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -219,10 +224,18 @@ def _tidy(folder: pathlib.Path) -> None:
             continue
         if not any(path.iterdir()):
             path.rmdir()
-        elif not (path / "_CHECKPOINT_METADATA").is_file():
-            set_aside(path, "incomplete: no _CHECKPOINT_METADATA")
+        elif not (path / METADATA).is_file():
+            set_aside(path, f"incomplete: no {METADATA}")
+        elif fault := checksums.fault(path, METADATA):
+            set_aside(path, fault)
         elif (path / METRICS).exists() and _metrics(path) is None:
-            files.write_json(path / METRICS, {})
+            _lose_metrics(path)
+
+
+def _lose_metrics(path: pathlib.Path) -> None:
+    if (path / METRICS).is_dir():
+        shutil.rmtree(path / METRICS)
+    files.write_json(path / METRICS, {})
 
 
 def _set_changed_aside(folder: pathlib.Path) -> None:
@@ -234,7 +247,7 @@ def _set_changed_aside(folder: pathlib.Path) -> None:
 
 
 def _fault(path: pathlib.Path) -> str | None:
-    return checksums.fault(path, "state/") or checksums.fault(path, "_CHECKPOINT_METADATA")
+    return checksums.fault(path, "state/") or checksums.fault(path, METADATA)
 
 
 def _surely_sound(path: pathlib.Path, error: Exception) -> bool:
@@ -252,8 +265,7 @@ def set_aside(path: pathlib.Path, fault: str) -> None:
     """Rename a damaged checkpoint so that nothing takes it for one, and say so."""
     target = next(t for i in range(1000) if not (t := path.with_name(f"{path.name}.damaged{i or ''}")).exists())
     path.rename(target)
-    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}; going on from the checkpoint before it",
-          flush=True)
+    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}", flush=True)
 
 
 def _metrics(path: pathlib.Path) -> dict[str, float] | None:

@@ -1,9 +1,11 @@
 """What the command lines share: the `--config` flag, and bad input as one line instead of a traceback."""
 
+import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -17,6 +19,22 @@ def define_config(*, required: bool = True) -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. experiments/configs/tenants.py.", lock_config=True)
     if required:
         flags.mark_flag_as_required("config")
+
+
+class Stderr:
+    """Standard error, which may be a file on a full disk, too: what can't be written there is lost, and ends nothing."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def run(main: Callable[..., None], define_flags: Callable[[], None], *, words: bool = False) -> None:

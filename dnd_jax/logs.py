@@ -4,12 +4,11 @@ import glob
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dnd_jax import files
+from dnd_jax import cli, files
 from dnd_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class MetricsLog:
             return
         kept = [entry for entry in read_metrics(workdir) if entry["step"] <= first] if self._path.exists() else []
         files.write_text(self._path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
-        self._before = kept[-1]["seconds"] if kept else 0.0
+        self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
         self._size = self._path.stat().st_size
         self._board = _open_board(workdir, first) if tensorboard else None
@@ -75,7 +74,7 @@ class MetricsLog:
             self._size, self._unwritten, self.failure = self._size + len(self._unwritten), b"", None
         except OSError as error:
             self.failure = error
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+            print(f"\nerror: {error}", file=cli.Stderr(), flush=True)
 
     def __enter__(self) -> "MetricsLog":
         return self

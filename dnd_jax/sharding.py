@@ -6,6 +6,7 @@ where their parameters lie; the row and column sums of a factored one, which are
 everywhere.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -32,12 +33,13 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     """Return a mesh of all devices, by default all on `data`; one size may be -1, for the devices that are left.
 
     Raises:
-      InputError: sizes whose product isn't the number of devices.
+      InputError: sizes below 1, or whose product isn't the number of devices.
     """
     shape = {axis: (sizes or {"data": -1}).get(axis, 1) for axis in AXES}
-    known = int(np.prod([size for size in shape.values() if size != -1]))
-    shape = {axis: jax.device_count() // known if size == -1 else size for axis, size in shape.items()}
-    if np.prod(list(shape.values())) != jax.device_count():
+    known = [size for size in shape.values() if size != -1]
+    whole = min(known) > 0 and len(known) >= len(AXES) - 1
+    shape = {axis: jax.device_count() // math.prod(known) if whole and size == -1 else size for axis, size in shape.items()}
+    if not whole or math.prod(shape.values()) != jax.device_count():
         raise InputError(f"config.mesh is {dict(sizes or {})}, which does not fit {jax.device_count()} devices")
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -134,15 +136,20 @@ def put_filled(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
     return put(mesh, size, *(a[rows] for a in arrays))
 
 
+def microbatch_size(size: int, count: int) -> int:
+    """Return the examples of each of `count` microbatches of a batch; raise InputError if it doesn't divide."""
+    if size % count:
+        raise InputError(f"config.train: a batch of {size} does not divide into {count} microbatches")
+    return size // count
+
+
 def microbatches(mesh: Mesh, count: int, *arrays: jax.Array) -> list[jax.Array]:
     """Cut a batch `[B, ...]` inside jit into `[count, B / count, ...]`; every example stays on its device.
 
     Raises:
       InputError: a batch that doesn't divide into microbatches, or these over the devices.
     """
-    size = len(arrays[0])
-    if size % count:
-        raise InputError(f"config.train: a batch of {size} does not divide into {count} microbatches")
-    place = NamedSharding(mesh, PartitionSpec(None, *over_batch(mesh, size // count).spec))
-    cut = [a.reshape(size // count, count, *a.shape[1:]).swapaxes(0, 1) for a in arrays]
+    size = microbatch_size(len(arrays[0]), count)
+    place = NamedSharding(mesh, PartitionSpec(None, *over_batch(mesh, size).spec))
+    cut = [a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1) for a in arrays]
     return [jax.lax.with_sharding_constraint(a, place) for a in cut]

@@ -220,7 +220,7 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
 
     watch = guards.Watch(names, checkpointer.last_good)
     bar = tqdm(range(first, t.steps), initial=first, total=t.steps, desc="train", mininterval=1.0,
-               disable=not distributed.is_first())
+               file=cli.Stderr(), disable=not distributed.is_first())
     with (checkpointer, logs.MetricsLog(workdir, first, distributed.is_first(), t.tensorboard) as log,
           inputs.Prefetch(inputs.make_read(config, tasks, mesh), first, t.steps, t.prefetch) as batches):
         for step, batch in zip(bar, batches, strict=False):
@@ -282,9 +282,19 @@ def check(config: ml_collections.ConfigDict) -> None:
     t = config.train
     if t.on_failed_save not in ("stop", "continue"):
         raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")
-    for name in ("accumulate", "batch_size", "log_every", "prefetch", "steps", "validate_every", "validation_draws"):
-        if t[name] < 1:
-            raise InputError(f"config.train.{name} is {t[name]}, expected at least 1")
+    counts = ("accumulate", "batch_size", "keep_last", "log_every", "prefetch", "steps", "validate_every", "validation_draws")
+    for field, value in {"condition.prompts": config.condition.prompts, "decoder.kernel_size": config.decoder.kernel_size,
+                         **{f"train.{name}": t[name] for name in counts}}.items():
+        if value < 1:
+            raise InputError(f"config.{field} is {value}, expected at least 1")
+    if not 0 <= t.warmup_steps < t.steps:
+        raise InputError(f"config.train.warmup_steps is {t.warmup_steps}, expected fewer than config.train.steps, {t.steps}")
+    if t.learning_rate < 0:
+        raise InputError(f"config.train.learning_rate is {t.learning_rate}, expected a positive number")
+    optimizers.make_optimizer(config)
+    for name in ("param_dtype", "compute_dtype"):
+        optimizers.dtype_of(config, name)
+    sharding.over_batch(sharding.make_mesh(config.mesh), sharding.microbatch_size(t.batch_size, t.accumulate))
     if t.calibrate and config.decoder.shortened:
         raise InputError("config.train.calibrate is set, and config.decoder.shortened, too: no norm sees whole conditions then")
 

@@ -1,10 +1,13 @@
 """Checkpoints: damage is found and passed by, a failed write is reported and costs no older checkpoint."""
 
 import contextlib
+import errno
 import gc
+import io
 import resource
 import shutil
 import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -204,3 +207,38 @@ def test_a_failed_write_is_reported_at_once_and_costs_no_older_checkpoint(tmp_pa
         checkpointer.save(4, {**state_of(4), "more": values}, {"validation_loss": 0.4})
         with pytest.raises(OSError, match=f"{tmp_path}/4: this checkpoint is not written: .*; the last good .*{tmp_path}/3$"):
             checkpointer.close()
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_failed_write_costs_no_older_checkpoint_where_it_cannot_even_be_said(tmp_path, monkeypatch, last):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    values = jnp.asarray(np.random.default_rng(0).normal(size=300_000), jnp.float32)
+    checkpointer = checkpoints.Checkpointer(tmp_path, ABOUT, last=last)
+    for step in (1, 2):
+        checkpointer.save(step, state_of(step), {"validation_loss": 1 / step})
+    with file_size_limit(tmp_path):
+        for step in (3, 4, 5):
+            checkpointer.save(step, {**state_of(step), "more": values}, {"validation_loss": 1 / step})
+            checkpointer.wait()
+            assert checkpointer.failed()
+        with pytest.raises(OSError, match=f"last good checkpoint is {tmp_path}/2$"):
+            checkpointer.close()
+    assert [path.name for path in checkpoints.steps(tmp_path)] == ["1", "2"][-last:]
+    assert int(restored(tmp_path)["step"]) == 2
+
+
+@pytest.mark.parametrize("break_it", [
+    lambda path: (path / "_CHECKPOINT_METADATA").write_text("[1]"),
+    lambda path: ((path / checksums.NAME).unlink(), (path / checkpoints.METRICS).write_text('{"validation_loss": null}')),
+    lambda path: ((path / checkpoints.METRICS).unlink(), (path / checkpoints.METRICS).mkdir())])
+def test_damage_to_an_older_checkpoint_keeps_no_later_one_from_being_saved(folder, break_it):
+    break_it(folder / "2")
+    checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=3)
+    assert int(checkpointer.restore(state_of(0))["step"]) == 3
+    checkpointer.save(4, state_of(4), {"validation_loss": 0.5})
+    checkpointer.close()
+    assert checkpoints.load_latest(folder)[0] == 4 and checkpoints.load_best(folder)[0] == 1

@@ -1,6 +1,7 @@
 """Training: it can fit, it resumes exactly, nothing is lost, and bad input stops it before anything is written."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -79,6 +80,14 @@ def test_a_log_line_cut_short_by_a_kill_does_not_stop_resuming(tmp_path, store):
     path.write_text(whole + '{"step": 7, "lo')
     train.train(config, pairs.open_store(store), tmp_path / "run")
     assert path.read_text() == whole
+
+
+def test_a_log_line_without_seconds_does_not_stop_resuming(tmp_path, store):
+    train.run(tiny_config(store), tmp_path / "run")
+    *lines, last = read_log(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*lines, {"step": last["step"]})))
+    train.run(tiny_config(store), tmp_path / "run")
+    assert read_log(tmp_path / "run") == [*lines, {"step": 6}]
 
 
 def test_without_validation_tasks_the_last_checkpoint_counts(tmp_path, rng, capsys):
@@ -244,11 +253,21 @@ def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
 
 
 @pytest.mark.parametrize("name,value,said", [
-    *((name, 0, "0, expected at least 1") for name in ("accumulate", "batch_size", "log_every", "prefetch", "validate_every")),
-    ("on_failed_save", "ask", "'ask', expected 'stop' or 'continue'")])
+    *((f"train.{name}", 0, "0, expected at least 1") for name in (
+        "accumulate", "batch_size", "keep_last", "log_every", "prefetch", "validate_every")),
+    ("train.on_failed_save", "ask", "'ask', expected 'stop' or 'continue'"),
+    ("train.warmup_steps", 6, "6, expected fewer than config.train.steps, 6"),
+    ("train.learning_rate", -1.0, "-1.0, expected a positive number"),
+    ("train.optimizer", "adam", "'adam', expected 'adamw' or 'adamw_factored'"),
+    ("train.compute_dtype", "bf16", "'bf16', expected one of"), ("train.param_dtype", "half", "'half', expected one of"),
+    ("mesh.data", 0, "{'data': 0, 'fsdp': 1, 'tensor': 1}, which does not fit"),
+    ("mesh.data", -2, "{'data': -2, 'fsdp': 1, 'tensor': 1}, which does not fit"),
+    ("decoder.kernel_size", 0, "0, expected at least 1"), ("condition.prompts", 0, "0, expected at least 1")])
 def test_what_no_run_can_begin_with_is_refused_before_anything_is_written(tmp_path, store, name, value, said):
-    with pytest.raises(InputError, match=rf"config\.train\.{name} is {said}"):
-        train.run(tiny_config(store, **{name: value}), tmp_path / "run")
+    config = tiny_config(store).unlock()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(InputError, match=rf"config\.{name.removesuffix('.data')} is {said}"):
+        train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
