@@ -34,7 +34,7 @@ def audit(test: Mapping[str, Sequence[Row]], trained: Mapping[str, Sequence[Row]
                             f"{seen[_question(first)]}")
         if shared:
             findings.append(f"{name}: {shared} of {len(rows)} prompts share {ngram} consecutive words with a training prompt")
-    return {"tasks": tasks, "findings": findings + _same_files({**trained, **test})}
+    return {"tasks": tasks, "findings": findings + _same_files(trained, test)}
 
 
 def _facts(rows: Sequence[Row]) -> dict[str, Any]:
@@ -61,10 +61,11 @@ def _faults(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _same_files(sets: Mapping[str, Sequence[Row]]) -> list[str]:
+def _same_files(trained: Mapping[str, Sequence[Row]], test: Mapping[str, Sequence[Row]]) -> list[str]:
     first: dict[Any, str] = {}
     found = []
-    for name, rows in sets.items():
+    for name, rows in (*((f"{name}, training rows" if name in test else name, rows) for name, rows in trained.items()),
+                       *test.items()):
         content = tuple(sorted((row.response, *_question(row)) for row in rows))
         if content in first:
             found.append(f"{name}: the same rows as {first[content]}")
@@ -73,8 +74,8 @@ def _same_files(sets: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def _question(row: Row) -> tuple[str, ...]:
-    """Return what a row asks: the same text about another picture is another question."""
-    return row.prompt, *map(image_text, row.images)
+    """Return what a row asks, whatever its white space: the same text about another picture is another question."""
+    return " ".join(row.prompt.split()), *map(image_text, row.images)
 
 
 def _ngrams(text: str, n: int | None) -> set[tuple[str, ...]]:

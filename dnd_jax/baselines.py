@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dnd_jax.adapters import Leaf, Spec
+from dnd_jax.adapters.spec import rank_of, scale_of
 
 Flat = dict[str, np.ndarray]
 
@@ -20,13 +21,16 @@ def weighted_mean(adapters: Sequence[Flat], weights: Sequence[float] | np.ndarra
 
 
 def mean_product(adapters: Sequence[Flat], spec: Spec) -> tuple[Flat, Spec]:
-    """Return an adapter whose product B A is the mean of the adapters' products, exactly: ranks laid side by side."""
-    n = len(adapters)
+    """Return an adapter whose product B A is the mean of the adapters' products, exactly: ranks side by side, scales in B."""
+    rank = len(adapters) * max(rank_of(module, spec.config) for module in spec.modules)
     flat = {}
-    for path in adapters[0]:
-        axis = 0 if path.endswith("lora_A") else 1
-        flat[path] = np.concatenate([a[path] for a in adapters], axis) / (1 if axis == 0 else n)
-    config = {**spec.config, "r": spec.config["r"] * n, "lora_alpha": spec.config["lora_alpha"] * n}
+    for module in spec.modules:
+        path_a, path_b = spec.pair(module)
+        a = np.concatenate([adapter[path_a] for adapter in adapters], 0)
+        b = np.concatenate([adapter[path_b] for adapter in adapters], 1) * (scale_of(module, spec.config) / len(adapters))
+        flat[path_a] = np.pad(a, ((0, rank - len(a)), (0, 0)))
+        flat[path_b] = np.pad(b, ((0, 0), (0, rank - len(a)))).astype(a.dtype)
+    config = {**spec.config, "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     return flat, Spec(config, {p: Leaf(v.shape, spec.leaves[p].dtype) for p, v in flat.items()})
 
 

@@ -12,7 +12,7 @@ scores one dataset file, see `score`.
 
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -52,9 +52,21 @@ class Evaluation:
         self.train, self.validation, self.test = (self.store.split(s) for s in SPLITS)
         if not self.validation:
             raise InputError(f"{config.export.store}: has no validation task, on which the rungs choose; give a task that split")
+        if not self.test:
+            raise InputError(f"{config.export.store}: has no test task, on which the rungs are compared; give a task that split")
+        self._check_rows({task.name: task.test or task.train for task in listed})
         self.known = [self.adapter(task.name) for task in self.train]
         self.embeddings = np.stack([baselines.pool(task.condition) for task in self.train])
         self.model = scoring.Model(config.base, self.store.spec, self.e.batch_size, self.e.max_new_tokens)
+
+    def _check_rows(self, sources: Mapping[str, Any]) -> None:
+        """Raise InputError at what a rung would fail on after hours: a task without test rows, rows that can't be scored."""
+        for task in (*self.validation, *self.test):
+            if task.name not in self.rows["test"]:
+                raise InputError(f"{self.config.tasks}: {task.name} names no 'test' file, on which the rungs are compared")
+            kinds.check_rows(self.e.scoring, self.rows["test"][task.name], str(sources[task.name]))
+        for path, kind, rows in self.unrelated:
+            kinds.check_rows(kind, rows, path)
 
     def adapter(self, run: str) -> Flat:
         """Return the last checkpoint of a collected run."""
@@ -119,11 +131,12 @@ def ridge(ev: Evaluation, penalty: float) -> MakeAdapter:
     return lambda task, draw: model(baselines.pool(ev.draw(task, draw)))
 
 
-def generated(ev: Evaluation, shift: int = 0) -> MakeAdapter:
-    """Generate from the task's prompts, or with a shift from those of another test task."""
+def generated(ev: Evaluation, shuffled: bool = False) -> MakeAdapter:
+    """Generate from the task's prompts, or shuffled from those of the next test task; a validation task if there is one only."""
+    others = ev.test if len(ev.test) > 1 else [*ev.test, *ev.validation]
+
     def make(task: pairs.Task, draw: int) -> Flat:
-        tasks = ev.test if task in ev.test else ev.validation
-        source = tasks[(tasks.index(task) + shift) % len(tasks)]
+        source = others[(others.index(task) + 1) % len(others)] if shuffled else task
         return flatten_dict(ev.generator(ev.draw(source, draw)), sep="/")
     return make
 
@@ -156,7 +169,7 @@ def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
         "random": (fixed(baselines.random_like(ev.known, rng)), ""),
         "multi_task": (fixed(ev.adapter(MULTI_TASK)), ""),
         "dnd": (generated(ev), f"step {ev.generator.step}"),
-        "dnd_shuffled": (generated(ev, shift=1), ""),
+        "dnd_shuffled": (generated(ev, shuffled=True), ""),
         "dnd_random_text": (random_text(ev), ""),
         "in_task": (lambda task, draw: ev.adapter(task.name), ""),
     }
@@ -193,19 +206,35 @@ def harms(ev: Evaluation) -> dict[str, Any]:
 
 
 def cost(ev: Evaluation, workdir: pathlib.Path) -> dict[str, float | None]:
-    """Return seconds of collecting, training, generating, and how many adapters pay them back against in-task training."""
-    runs = {t.name: files.read_json(pathlib.Path(ev.config.collect.out) / t.name / "run.json") for t in ev.store.tasks}
-    collect_s = sum(runs[t.name]["seconds"] for t in (*ev.train, *ev.validation))
-    in_task_s = float(np.mean([runs[t.name]["seconds"] for t in ev.test]))
-    train_s = logs.read_metrics(workdir)[-1]["seconds"]
+    """Return seconds of collecting, training, generating, and how many adapters pay them back against in-task training.
+
+    None is what isn't known, as of runs and decoders from elsewhere, and the adapters if they never do.
+    """
+    collect_s = _sum([_collect_s(ev, task) for task in (*ev.train, *ev.validation)])
+    in_task_s = _sum([_collect_s(ev, task) for task in ev.test], of=len(ev.test))
+    log = logs.read_metrics(workdir) if (workdir / logs.NAME).exists() else []
+    train_s = log[-1].get("seconds") if log else None
     seconds = []
     for draw in range(10):
         began = time.perf_counter()
         ev.generator(ev.draw(ev.test[0], draw))
         seconds.append(time.perf_counter() - began)
-    saved = in_task_s - float(np.median(seconds))
-    return {"collect_s": collect_s, "train_s": train_s, "generate_s": float(np.median(seconds)), "in_task_s": in_task_s,
-            "adapters_to_break_even": (collect_s + train_s) / saved if saved > 0 else None}
+    generate_s = float(np.median(seconds))
+    pays = None
+    if collect_s is not None and train_s is not None and in_task_s is not None and in_task_s > generate_s:
+        pays = (collect_s + train_s) / (in_task_s - generate_s)
+    return {"collect_s": collect_s, "train_s": train_s, "generate_s": generate_s, "in_task_s": in_task_s,
+            "adapters_to_break_even": pays}
+
+
+def _collect_s(ev: Evaluation, task: pairs.Task) -> float | None:
+    path = pathlib.Path(ev.config.collect.out) / task.name / "run.json"
+    return files.read_json(path).get("seconds") if path.exists() else None
+
+
+def _sum(seconds: Sequence[float | None], of: int = 1) -> float | None:
+    known = [s for s in seconds if s is not None]
+    return sum(known) / of if len(known) == len(seconds) else None
 
 
 def define_flags() -> None:
@@ -225,14 +254,13 @@ def main(args: Any) -> None:
 def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Ask for every rung on the test tasks and write the report."""
     ev = Evaluation(config, workdir)
-    test = {task.name: ev.rows["test"][task.name] for task in ev.test}
-    found = audit(test, ev.rows["train"])
+    found = audit({task.name: ev.rows["test"][task.name] for task in (*ev.test, *ev.validation)}, ev.rows["train"])
     if found["findings"]:
         raise InputError(f"{config.tasks}: {'; '.join(found['findings'])}")
-    result = report.summarise(*ask_all(ev), list(test))
+    result = report.summarise(*ask_all(ev), [task.name for task in ev.test])
     result |= {"harm": harms(ev), "cost": cost(ev, workdir), "audit": found, "checkpoint": ev.generator.step}
+    print(report.table(result), flush=True)
     report.write(result, workdir)
-    print(report.table(result))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 
 from dnd_jax.prompts import Row
 from dnd_jax.scoring.kinds import Scores
-from dnd_jax.statistics import Bootstrap
+from dnd_jax.statistics import crossed_interval
 
 
 def measure(unrelated: Sequence[tuple[str, str, Sequence[Row]]], adapters: Mapping[str, Sequence[Any]],
@@ -28,8 +28,8 @@ def measure(unrelated: Sequence[tuple[str, str, Sequence[Row]]], adapters: Mappi
         base = ask(kind, rows, None).main
         found = result[path] = {"scoring": kind, "n": len(rows), "base": float(base.mean()), "rungs": {}}
         for name, made in adapters.items():
-            scores = [ask(kind, rows, adapter).main for adapter in made]
-            mean, interval = Bootstrap([len(rows)] * len(made)).interval([task - base for task in scores])
+            scores = np.stack([ask(kind, rows, adapter).main for adapter in made])
+            mean, interval = crossed_interval(scores - base)
             found["rungs"][name] = {"mean": float(np.mean(scores)), "difference": mean, "ci95": interval}
     return result
 

@@ -12,10 +12,11 @@ from dnd_jax import files, harm, logs
 from dnd_jax.scoring.kinds import Scores
 from dnd_jax.statistics import Bootstrap
 
-LABEL_FREE = ("base", "in_context", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge",
-              "random", "multi_task")
-ORDER = (*LABEL_FREE, "dnd", "dnd_shuffled", "dnd_random_text", "in_task")
+LABEL_FREE = ("base", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge", "random", "multi_task")
+ORDER = ("base", "in_context", *LABEL_FREE[1:], "dnd", "dnd_shuffled", "dnd_random_text", "in_task")
 DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")
+ABOUT_ZERO = 0.05  # an interval around zero that ends below this is
+
 
 def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[str, str], tasks: Sequence[str]) -> dict[str, Any]:
     """Compare the rungs by the metric that counts; others are means beside it.
@@ -57,8 +58,14 @@ def verdict(rungs: dict[str, Any], differences: dict[str, Any], best: str) -> st
                  f"({shuffled['ci95'][0]:.1%} to {shuffled['ci95'][1]:.1%})")
     beaten = (f"best label-free rung is {best} at {rungs[best]['mean']:.1%}; DnD is {rival['mean']:+.1%} away "
               f"({rival['ci95'][0]:+.1%} to {rival['ci95'][1]:+.1%})")
+    if len(rungs["dnd"]["per_task"]) == 1:
+        return f"One held-out task says nothing about others: the {beaten}; {condition}."
+    if shuffled["ci95"][1] < 0:
+        return f"The condition does harm: {condition}; the {beaten}."
+    if shuffled["ci95"][0] <= 0 and shuffled["ci95"][1] < ABOUT_ZERO:
+        return f"The condition does not matter, the generator is an averager: {condition}; the {beaten}."
     if shuffled["ci95"][0] <= 0:
-        return f"The condition does not matter measurably, the generator is an averager: {condition}; {beaten}."
+        return f"Not shown that the condition matters: {condition}; the {beaten}."
     if rival["ci95"][0] <= 0:
         return f"Not shown to generalise beyond its rivals: the {beaten}; {condition}."
     return f"Generalises to held-out tasks: the {beaten}; {condition}."
@@ -77,12 +84,25 @@ def table(result: dict[str, Any]) -> str:
         if others:
             line = f"{line:<87}" + "".join(f"  {rung['metrics'][other]:>{len(other)}.1%}" for other in others)
         lines.append(line.rstrip())
-    c = result["cost"]
-    pays = f"{c['adapters_to_break_even']:.0f} adapters" if c["adapters_to_break_even"] else "never"
-    lines += ["", *harm.lines(result["harm"]),
-              f"collecting {c['collect_s']:.0f} s, training {c['train_s']:.0f} s, generating {c['generate_s'] * 1e3:.1f} ms, "
-              f"in-task training {c['in_task_s']:.1f} s; pays back after {pays}", result["verdict"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _labels_line([result["audit"]["tasks"][name] for name in result["rungs"]["dnd"]["per_task"]]),
+                      *harm.lines(result["harm"]), _cost_line(result["cost"]), result["verdict"]])
+
+
+def _labels_line(facts: Sequence[Mapping[str, Any]]) -> str:
+    """Say what answers that see no question would have, of tasks with few distinct responses."""
+    found = [(task["majority"], task["chance"]) for task in facts if "majority" in task]
+    if not found:
+        return "no task has few distinct responses"
+    (majority, chance), most = np.mean(found, axis=0), max(found)[0]
+    return (f"the most frequent response alone {majority:.1%}, at most {most:.1%}, chance {chance:.1%}, in the mean of "
+            f"{len(found)} of {len(facts)} tasks")
+
+
+def _cost_line(cost: Mapping[str, float | None]) -> str:
+    stations = {"collecting": "collect_s", "training": "train_s", "generating": "generate_s", "in-task training": "in_task_s"}
+    said = [f"{name} {'unknown' if (s := cost[key]) is None else f'{s:.3g} s'}" for name, key in stations.items()]
+    pays = cost["adapters_to_break_even"]
+    return f"{', '.join(said)}; {'not known to pay back' if pays is None else f'pays back after {pays:.0f} adapters'}"
 
 
 # --- page ------------------------------------------------------------------------------------------------------------
@@ -91,8 +111,9 @@ def table(result: dict[str, Any]) -> str:
 def write(result: dict[str, Any], workdir: pathlib.Path) -> None:
     """Write `report.json` and the self-contained `report.html`."""
     files.write_json(workdir / "report.json", result)
-    metrics = logs.read_metrics(workdir)
-    pictures = [("The ladder", _ladder(result)), ("By test task", _per_task(result)), ("Training", _curve(metrics))]
+    pictures = [("The ladder", _ladder(result)), ("By test task", _per_task(result))]
+    if (workdir / logs.NAME).exists():
+        pictures.append(("Training", _curve(logs.read_metrics(workdir))))
     body = "".join(f"<h2>{title}</h2>\n{picture}\n" for title, picture in pictures)
     files.write_text(workdir / "report.html", f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>dnd_jax: held-out tasks</title>
@@ -162,7 +183,7 @@ def _curve(metrics: Sequence[dict[str, Any]]) -> str:
     figure, axes = _figure(8, 3)
     for key, label, color in (("loss", "training tasks", "#7f9db9"), ("validation_loss", "validation tasks", "#c03a2b")):
         points = [(m["step"], m[key]) for m in metrics if key in m]
-        axes.plot(*zip(*points, strict=True), color=color, label=label)
+        axes.plot([step for step, _ in points], [loss for _, loss in points], color=color, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -36,6 +36,7 @@ def main(args: Any) -> None:
     if args.base is None:
         raise InputError(f"command line: --data={args.data} needs --base")
     rows = prompts.read_rows(args.data)
+    kinds.check_rows(args.scoring, rows, args.data)
     if args.lm_eval:
         names = harness.export(args.lm_eval, pathlib.Path(args.data).stem, args.scoring, rows, args.base, args.max_new_tokens)
         print(f"{args.lm_eval}: {', '.join(names)}, {len(rows)} rows")
@@ -46,10 +47,10 @@ def main(args: Any) -> None:
         model.use(tree, spec)
     result = {"base": args.base, "adapter": args.adapter, "data": args.data, "scoring": args.scoring}
     result |= summary(args.scoring, model, rows, args.samples, args.temperature)
+    values = {**result["metrics"], "unparsable": result["unparsable"]}
+    print(", ".join(f"{name} {value:.1%}" for name, value in values.items()), f"of {len(rows)} rows", flush=True)
     if args.out:
         files.write_json(args.out, result)
-    values = {**result["metrics"], "unparsable": result["unparsable"]}
-    print(", ".join(f"{name} {value:.1%}" for name, value in values.items()), f"of {len(rows)} rows")
 
 
 def summary(kind: str, model: Model, rows: Sequence[Row], samples: int, temperature: float) -> dict[str, Any]:

@@ -1,25 +1,21 @@
-"""Intervals by bootstrap over tasks and, inside them, items."""
+"""Intervals by bootstrap over tasks and items."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 RESAMPLES = 4000
+AT_ONCE = 1 << 24  # numbers
 
 
 class Bootstrap:
     """The same resamples of tasks and items for every quantity, so that differences are paired."""
 
     def __init__(self, items: Sequence[int], seed: int = 0):
-        """Draw the resamples for tasks with the given numbers of items."""
-        rng = np.random.default_rng(seed)
-        counts = np.asarray(items)
-        self._tasks: Int[np.ndarray, "R S"] = rng.integers(len(counts), size=(RESAMPLES, len(counts)))
-        uniform = rng.random((RESAMPLES, len(counts), counts.max()))
-        chosen = counts[self._tasks][..., None]
-        self._items = np.minimum((uniform * chosen).astype(np.int64), chosen - 1)
-        self._valid = np.arange(counts.max()) < chosen
+        """Take tasks with the given numbers of items, each its own."""
+        self._counts, self._seed = np.asarray(items), seed
 
     def interval(self, scores: Sequence[Float[np.ndarray, " I"]]) -> tuple[float, list[float]]:
         """Return the mean over tasks of their mean score, and its 95% interval.
@@ -27,9 +23,30 @@ class Bootstrap:
         Args:
           scores: per task, one score an item (a mean over prompt draws, or a paired difference).
         """
-        width = self._items.shape[2]
+        width = self._counts.max()
         padded = np.stack([np.pad(np.asarray(s, np.float64), (0, width - len(s))) for s in scores])
-        drawn = padded[self._tasks[..., None], self._items]
-        means = ((drawn * self._valid).sum(2) / self._valid.sum(2)).mean(1)
-        low, high = np.quantile(means, (0.025, 0.975))
-        return float(np.mean([np.mean(s) for s in scores])), [float(low), float(high)]
+        means = [((padded[tasks[..., None], items] * valid).sum(2) / valid.sum(2)).mean(1)
+                 for tasks, items, valid in self._draws()]
+        return float(np.mean([np.mean(s) for s in scores])), _middle(np.concatenate(means))
+
+    def _draws(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield the resamples, some at a time: tasks `[R, S]`, items `[R, S, I]`, and which of these are any."""
+        rng = np.random.default_rng(self._seed)
+        number, width = len(self._counts), self._counts.max()
+        tasks = rng.integers(number, size=(RESAMPLES, number))
+        for part in np.array_split(tasks, math.ceil(RESAMPLES * number * width / AT_ONCE)):
+            chosen = self._counts[part][..., None]
+            items = np.minimum((rng.random((*part.shape, width)) * chosen).astype(np.int64), chosen - 1)
+            yield part, items, np.arange(width) < chosen
+
+
+def crossed_interval(scores: Float[np.ndarray, "S I"], seed: int = 0) -> tuple[float, list[float]]:
+    """Return the mean over tasks and items, and its 95% interval, where all tasks have the same items."""
+    rng, (number, width) = np.random.default_rng(seed), scores.shape
+    means = [scores[rng.integers(number, size=number)].mean(0)[rng.integers(width, size=width)].mean() for _ in range(RESAMPLES)]
+    return float(scores.mean()), _middle(means)
+
+
+def _middle(means: Sequence[float] | np.ndarray) -> list[float]:
+    low, high = np.quantile(means, (0.025, 0.975))
+    return [float(low), float(high)]

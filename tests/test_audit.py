@@ -23,6 +23,13 @@ def test_one_label_overlap_and_duplicate_are_named():
     assert any("copy: the same rows as piqa" in f for f in findings)
 
 
+def test_a_copy_of_training_rows_is_named_whatever_task_or_white_space_it_has():
+    rows = [Row("p", "A"), Row("q", "B")]
+    found = audit({"held": [Row("r", "A")]}, {"support": rows, "held": [Row("p ", "A"), Row("q", "B")]})["findings"]
+    assert found == ["held, training rows: the same rows as support"]
+    assert "1 of 1 prompts occur in training" in audit({"held": [Row("\tq", "B")]}, {"support": rows})["findings"][0]
+
+
 def test_empty_fields_and_repeated_rows_are_counted():
     findings = audit({"a": [Row("p", ""), Row("", "x"), Row("q", "y"), Row("q", "y")]}, {})["findings"]
     assert findings == ["a: 1 of 4 rows have no prompt", "a: 1 of 4 rows have no response", "a: 1 of 4 rows repeat another"]

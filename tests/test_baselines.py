@@ -1,9 +1,11 @@
 """The baselines compute what their names say."""
 
 import numpy as np
+import pytest
 
 from dnd_jax import baselines
 from dnd_jax.adapters import Leaf, Spec
+from dnd_jax.adapters.spec import scale_of
 
 
 def make_adapters(count, rng):
@@ -11,13 +13,17 @@ def make_adapters(count, rng):
             for _ in range(count)]
 
 
-def test_mean_product_is_the_mean_of_products_at_the_same_scale():
+@pytest.mark.parametrize("config,scale", [
+    ({"r": 2, "lora_alpha": 4}, 2), ({"r": 2, "lora_alpha": 4, "use_rslora": True}, 4 / 2**0.5),
+    ({"r": 2, "lora_alpha": 4, "alpha_pattern": {"m": 10}}, 5), ({"r": 8, "lora_alpha": 4, "rank_pattern": {"m": 2}}, 2)])
+def test_mean_product_is_the_mean_of_products_at_the_same_scale(config, scale):
     adapters = make_adapters(3, np.random.default_rng(0))
-    spec = Spec({"r": 2, "lora_alpha": 4}, {"m/lora_A": Leaf((2, 6), "float32"), "m/lora_B": Leaf((5, 2), "float32")})
+    spec = Spec(config, {"m/lora_A": Leaf((2, 6), "float32"), "m/lora_B": Leaf((5, 2), "float32")})
     flat, wide = baselines.mean_product(adapters, spec)
     expected = np.mean([a["m/lora_B"] @ a["m/lora_A"] for a in adapters], axis=0)
-    np.testing.assert_allclose(flat["m/lora_B"] @ flat["m/lora_A"], expected, rtol=1e-5, atol=1e-6)
-    assert wide.config["r"] == 6 and wide.config["lora_alpha"] / wide.config["r"] == 2
+    np.testing.assert_allclose(flat["m/lora_B"] @ flat["m/lora_A"] * scale_of("m", wide.config), expected * scale, rtol=1e-5,
+                               atol=1e-6)
+    assert wide.config["r"] == wide.config["lora_alpha"] == 6
     assert wide.leaves["m/lora_A"].shape == (6, 6) and wide.leaves["m/lora_B"].shape == (5, 6)
 
 

@@ -1,5 +1,6 @@
 """What a miniature base answers, by every kind of scoring, and that lm-evaluation-harness says the same."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -83,6 +84,7 @@ def test_options_are_else_the_responses_of_the_file_if_these_are_few():
 
 
 LETTERS, WORDS = ["[A]", "[B]", "[C]"], ["[True]", "[False]"]
+NUMBERS, SIGNS = ["1", "2", "3", "4"], ["<", "=", ">"]
 
 
 @pytest.mark.parametrize("answer,found,expected", [
@@ -90,6 +92,13 @@ LETTERS, WORDS = ["[A]", "[B]", "[C]"], ["[True]", "[False]"]
     ("The answer is B.", LETTERS, "[B]"), ("A bear, so I say \\boxed{C}", LETTERS, "[C]"), ("**Answer: C**", LETTERS, "[C]"),
     ("It must be [A], not that", LETTERS, "[A]"), ("A bear is big", LETTERS, None), ("A. or B. or both", LETTERS, "[A]"),
     ("either (A) or (B)", LETTERS, None), ("", LETTERS, None), ("D", LETTERS, None), ("b", LETTERS, None),
+    ("The answer is A since it is cheaper than B.", LETTERS, "[A]"), ("A is correct, not B.", LETTERS, None),
+    ("I think it's A rather than (B)", LETTERS, None), ("Both A and B", LETTERS, None),
+    ("It is B because a bear is big", LETTERS, "[B]"),
+    ("A bear is B", LETTERS, "[B]"), ("2.5", NUMBERS, None), ("12.3", NUMBERS, None), ("1,000", NUMBERS, None),
+    ("There are 2 apples, so 3.", NUMBERS, "3"), ("It is 3.", NUMBERS, "3"),
+    ("<", SIGNS, "<"), ("(=)", SIGNS, "="), ("", SIGNS, None), ("Polish", ["polish", "Polish"], "Polish"),
+    ("it is polish", ["polish", "Polish"], "polish"),
     ("true", WORDS, "[True]"), ("It is False.", WORDS, "[False]"), ("untrue", WORDS, None), ("it is true or false", WORDS, None),
 ])
 def test_answers_are_parsed(answer, found, expected):
@@ -110,7 +119,8 @@ def test_answers_are_parsed(answer, found, expected):
     ("thus \\boxed{\\frac{\\sqrt{3}}{2}}.", "$\\frac{3}{2\\sqrt{3}}$", 1, 0),
     ("thus \\boxed{x^2+1}.", "\\boxed{1+x^2}", 1, 0),
     ("\\boxed{(3, \\frac{\\pi}{2})}", "\\boxed{\\left(3,\\frac{\\pi}{2}\\right)}", 1, 0),
-    ("7", "seven is 7", 1, 0),
+    ("7", "seven is 7", 1, 0), ("\\boxed{east}", "\\boxed{\\text{East}}", 1, 0), ("\\boxed{east}", "\\boxed{seat}", 0, 0),
+    ("#### blue", "blue", 1, 0), ("blue", "It may be.", 0, 1),
 ])
 def test_final_answers_are_compared_as_mathematics(response, answer, right, unparsable):
     found = final_answer.correct([answer], [Row("?", response)])
@@ -190,6 +200,34 @@ def arguments(base, data, **options):
     usual = {"scoring": "exact", "adapter": None, "out": None, "lm_eval": None, "batch_size": 8, "max_new_tokens": 4,
              "samples": 1, "temperature": 1.0}
     return types.SimpleNamespace(base=str(base), data=str(data), **(usual | options))
+
+
+def test_a_word_of_the_task_is_parsable_whatever_white_space_its_response_has(base):
+    class Fixed(Model):
+        def answer(self, rows, **ask):
+            return ["blue", "grey"]
+
+    model, rows = Fixed(str(base), None, 2, 4), [Row("a", "blue\n")] * 2
+    scores = kinds.score("exact", model, rows, known={"blue\n"}, samples=1, temperature=1.0)
+    assert (scores.main.tolist(), scores.unparsable.tolist()) == ([1, 0], [0, 1])
+
+
+def test_an_adapter_of_another_base_is_refused(base, adapter):
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    from dnd_jax import adapters
+
+    tree, spec = adapters.read(adapter)
+    model = Model(str(base), spec, 2, 4)
+    flat = flatten_dict(tree)
+    moved = {("model", "other", *path[1:]): value for path, value in flat.items()}
+    wide = {path: np.pad(value, ((0, 0), (0, 1))) if path[-1] == "lora_A" else value for path, value in flat.items()}
+    for changed, said in ((moved, "of its tensors have no place there, first .*other"), (wide, "size mismatch")):
+        with pytest.raises(InputError, match=f"{base}: the adapter is none of this base's: .*{said}"):
+            model.use(unflatten_dict(changed), spec)
+    config = {**spec.config, "target_modules": ["nowhere"]}
+    with pytest.raises(InputError, match=f"{base}: the adapter is none of this base's: .*nowhere"):
+        Model(str(base), dataclasses.replace(spec, config=config), 2, 4)
 
 
 @pytest.mark.parametrize("options,message", [

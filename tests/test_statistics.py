@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dnd_jax import report
+from dnd_jax import report, statistics
 from dnd_jax.scoring.kinds import Scores
-from dnd_jax.statistics import Bootstrap
+from dnd_jax.statistics import Bootstrap, crossed_interval
 
 
 def test_mean_is_over_tasks_not_items():
@@ -43,9 +43,49 @@ def test_report_compares_rungs_and_shows_further_metrics(rng, others):
     expected = [np.mean([draw.main for draw in task]) for task in found["nearest"]]
     assert nearest["mean"] == pytest.approx(np.mean(expected)) and nearest["per_task"]["large"] == pytest.approx(expected[1])
     assert result["scoring"] == "choice" and result["rungs"]["ridge"]["chosen"] == "penalty 1"
-    lines = report.table(result | {"harm": {}, "cost": {"collect_s": 1, "train_s": 1, "generate_s": 1, "in_task_s": 1,
-                                                        "adapters_to_break_even": None}}).splitlines()
+    cost = {"collect_s": 1, "train_s": None, "generate_s": 0.0123, "in_task_s": 1, "adapters_to_break_even": None}
+    tasks = {"small": {"majority": 0.5, "chance": 0.25}, "large": {"majority": 0.3, "chance": 0.15}, "chosen on": {"majority": 1}}
+    lines = report.table(result | {"harm": {}, "cost": cost, "audit": {"tasks": tasks}}).splitlines()
+    assert "the most frequent response alone 40.0%, at most 50.0%, chance 20.0%, in the mean of 2 of 2 tasks" in lines
+    assert "collecting 1 s, training unknown, generating 0.0123 s, in-task training 1 s; not known to pay back" in lines
     assert lines[0].endswith(others[0] if others else "won-lost")
     if others:
         value = np.mean([np.mean([draw.metrics["loglikelihood"].mean() for draw in task]) for task in found["dnd"]])
         assert nearest["metrics"].keys() == {"loglikelihood"} and f"{value:.1%}" in lines[11].split()[-1]
+
+
+VERDICTS = [  # interval of DnD minus shuffled, of DnD minus ridge, tasks; what is said
+    ([0.3, 0.5], [0.1, 0.3], 12, "Generalises to held-out tasks: the best label-free rung is ridge"),
+    ([0.3, 0.5], [-0.1, 0.3], 12, "Not shown to generalise beyond its rivals"),
+    ([-0.01, 0.02], [0.1, 0.3], 12, "The condition does not matter, the generator is an averager"),
+    ([-0.1, 0.8], [0.1, 0.3], 12, "Not shown that the condition matters"),
+    ([-0.4, -0.2], [0.1, 0.3], 12, "The condition does harm"),
+    ([0.3, 0.5], [0.1, 0.3], 1, "One held-out task says nothing about others"),
+]
+
+
+@pytest.mark.parametrize("shuffled,rival,tasks,said", VERDICTS)
+def test_the_verdict_claims_what_the_intervals_allow(shuffled, rival, tasks, said):
+    differences = {f"dnd-{name}": {"mean": float(np.mean(ci)), "ci95": ci} for name, ci in
+                   (("dnd_shuffled", shuffled), ("ridge", rival))}
+    rungs = {"dnd": {"per_task": dict.fromkeys(range(tasks), 0.5)}, "ridge": {"mean": 0.4}}
+    assert report.verdict(rungs, differences, "ridge").startswith(said)
+
+
+def test_resamples_are_the_same_however_many_are_made_at_once(rng, monkeypatch):
+    scores = [rng.random(size) for size in (5, 30, 11)]
+    whole = Bootstrap([5, 30, 11]).interval(scores)
+    monkeypatch.setattr(statistics, "AT_ONCE", 1000)
+    assert Bootstrap([5, 30, 11]).interval(scores) == whole
+
+
+def test_tasks_with_the_same_items_are_not_so_many_independent_ones(rng):
+    """Adapters that fail on the same tenth of the rows: more of them make the interval no narrower."""
+    covered = 0
+    for _ in range(100):
+        lost = np.where(rng.random(50) < 0.1, -1.0, 0.0)
+        _, (low, high) = crossed_interval(np.tile(lost, (12, 1)))
+        covered += low <= -0.1 <= high
+    assert covered >= 85
+    _, (low, high) = crossed_interval(np.repeat(rng.normal(size=(12, 1)), 50, axis=1))  # all rows alike: the tasks count
+    assert high - low > 0.5

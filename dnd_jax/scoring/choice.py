@@ -19,6 +19,7 @@ from dnd_jax.types import InputError
 LABEL = r"\(?([A-Z]|[1-9])[.:)]"
 LISTED = re.compile(rf"(?:^|(?<=[,;:\n]))[ \t]*{LABEL}[ \t]*(\S.*?)[ \t]*(?=$|\n|[,;.] *{LABEL} )", re.MULTILINE)
 BARE = "()[]{}<>.:;,!\"'`* \n"
+ARTICLE = r"(?<!A(?= (?!(?:is|was|or|and|because|since|as|but|not|rather|instead|than)\b)[a-z]))"
 
 
 def options(rows: Sequence[Row], where: str = "rows") -> list[list[str]]:
@@ -60,20 +61,26 @@ def list_of(prompt: str) -> dict[str, str]:
 def parse(answer: str, found: Sequence[str]) -> str | None:
     """Return the one of a row's options that an answer names, or None where it names none or several.
 
-    In this order: the answer is an option; it says "answer is" or boxes one; it begins with one; it has one in brackets; it
-    has one anywhere. Brackets, quotes and full stops around an option don't count, nor does case if it is longer than a letter.
+    In this order: the answer is an option; it says "answer is" or boxes one; it begins with one; it has one in brackets, if
+    options are words; it has one anywhere. Brackets, quotes and full stops around an option don't count, nor does case where
+    options differ without it and are longer than a letter. An "A" before a small letter is an article, "A is" excepted.
     """
-    names = {option.strip(BARE): option for option in found}
-    exact = {_fold(name): option for name, option in names.items()}
-    if (text := _fold(answer.strip(BARE))) in exact:
+    names = {option.strip(BARE) or option.strip(): option for option in found}
+    small = len({_fold(name) for name in names}) == len(names)
+    exact = {_fold(name) if small else name: option for name, option in names.items()}
+    text = answer.strip(BARE) or answer.strip()
+    if (text := _fold(text) if small else text) in exact:
         return exact[text]
-    longest_first = sorted(names, key=len, reverse=True)
-    one = "|".join(re.escape(name) if len(name) == 1 else f"(?i:{re.escape(name)})" for name in longest_first)
-    end = r"(?=$|[.:;,!)\]}\n\"'*`])" if all(len(name) == 1 for name in names) else r"(?!\w)"
+    one = "|".join(re.escape(name) if len(name) == 1 or not small else f"(?i:{re.escape(name)})"
+                   for name in sorted(names, key=len, reverse=True))
+    word = rf"(?<!\d[.,])({one})(?!\w|[.,]\d)"
+    alone = rf"{word}(?=$|[.:;,!)\]}}\n\"'*`])" if all(len(name) == 1 for name in names) else word
+    letters = all(len(name) == 1 and name.isalpha() for name in names)
     opening = r"[\s({\[\"'*]*"
-    for pattern in (rf"(?i:answer(?: is)?:?|boxed){opening}({one}){end}", rf"\A{opening}({one}){end}", rf"[\[(]({one})[\])]",
-                    rf"(?<!\w)({one}){end}"):
-        said = {_fold(name) for name in re.findall(pattern, answer)}
+    patterns = [rf"(?i:answer(?: is)?:?|boxed){opening}{word}", rf"\A{opening}{alone}",
+                rf"(?<!\w){word}{ARTICLE}" if letters else rf"[\[(]({one})[\])]", rf"(?<!\w){alone}"]
+    for pattern in patterns:
+        said = {_fold(name) if small else name for name in re.findall(pattern, answer)}
         if len(said) == 1:
             return exact[said.pop()]
         if said:

@@ -1,6 +1,7 @@
 r"""Mathematics by the final answer: GSM8K's `#### 12`, MATH's `\boxed{12}`, or what a text ends with. Imports math-verify lazily.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,21 @@ def parse(text: str, *, whole: bool = False) -> list[Any]:
     return (math_verify.parse(f"\\boxed{{{marked}}}") if marked else []) or math_verify.parse(text)
 
 
+def words(text: str) -> str:
+    r"""Return a final answer in words, small, of which mathematics would make a product of letters: four of these or more."""
+    found = re.fullmatch(r"\s*(?:\\[a-z]+\{)?\s*([A-Za-z]{4,}(?:[ -][A-Za-z]+)*)\s*\}?\.?\s*", extract(text) or text)
+    return found[1].lower() if found else ""
+
+
+def golds(rows: Sequence[Row], where: str = "rows") -> list[Any]:
+    """Return the final answers of rows, in words or in math-verify's terms; raise InputError at a response that has none."""
+    found = [words(row.response) or parse(row.response, whole=True) for row in rows]
+    for number, (gold, row) in enumerate(zip(found, rows, strict=True)):
+        if not gold:
+            raise InputError(f"{where}: row {number}: the response has no final answer: {row.response[-80:]!r}")
+    return found
+
+
 def correct(answers: Sequence[str], rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     """Return for each answer 1.0 if it is mathematically equal to the row's, and 1.0 if it can't be parsed.
 
@@ -47,10 +63,12 @@ def correct(answers: Sequence[str], rows: Sequence[Row]) -> tuple[np.ndarray, np
     import math_verify
 
     right, unparsable = np.zeros(len(rows)), np.zeros(len(rows))
-    for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
-        gold, found = parse(row.response, whole=True), parse(answer)
-        if not gold:
-            raise InputError(f"row {i}: the response has no final answer: {row.response[-80:]!r}")
+    for i, (answer, gold) in enumerate(zip(answers, golds(rows), strict=True)):
+        if isinstance(gold, str):
+            right[i] = words(answer) == gold
+            unparsable[i] = not (right[i] or extract(answer))
+            continue
+        found = parse(answer)
         unparsable[i] = not found
         right[i] = bool(found) and math_verify.verify(gold, found)
     return right, unparsable

@@ -41,6 +41,16 @@ def check(kind: str) -> None:
         raise InputError(f"scoring is {kind!r}, expected one of {KINDS}")
 
 
+def check_rows(kind: str, rows: Sequence[Row], where: str) -> None:
+    """Raise InputError, its message beginning with `where`, at a row that can't be scored by a kind, before a model is asked."""
+    if kind == "choice":
+        choice.options(rows, where)
+    if kind == "final_answer":
+        final_answer.golds(rows, where)
+    if kind == "vision":
+        final_answer.golds([row for row in rows if not choice.listed(row)], where)
+
+
 def score(kind: str, model: Model, rows: Sequence[Row], *, known: Collection[str], samples: int, temperature: float,
           **ask: Any) -> Scores:
     """Ask a model for every row and score what it answers.
@@ -61,6 +71,7 @@ def score(kind: str, model: Model, rows: Sequence[Row], *, known: Collection[str
         return _vision(model, rows, ask)
     answers = model.answer(rows, **ask)
     if kind == "exact":
+        known = {answer.strip() for answer in known}
         return Scores({"exact_match": exact_match(answers, rows)}, np.array([float(a not in known) for a in answers]))
     if kind == "final_answer":
         right, unparsable = final_answer.correct(answers, rows)

@@ -5,7 +5,7 @@ Rows with images are asked as they are fine-tuned on (`images`); the base has it
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from dnd_jax import adapters, prompts
 from dnd_jax.adapters import Spec
 from dnd_jax.images import Reader
 from dnd_jax.prompts import Row
-from dnd_jax.types import Tree
+from dnd_jax.types import InputError, Tree
 
 IDS = "input_ids"
 # What is asked: token ids under IDS, and of rows with images their tensors, and which tokens are theirs.
@@ -38,22 +38,28 @@ class Model:
         if spec:
             from peft import get_peft_model
 
-            model = get_peft_model(model, _lora_config(spec), adapter_name=_name(spec))
+            with _fitting(base):
+                model = get_peft_model(model, _lora_config(spec), adapter_name=_name(spec))
         self.model: Any = model.eval()
 
     def use(self, tree: Tree, spec: Spec) -> None:
-        """Answer with this adapter from now on."""
+        """Answer with this adapter from now on; raise InputError if it is none of the base's."""
         import torch
         from peft import set_peft_model_state_dict
 
         name = _name(spec)
         if name not in self.model.peft_config:
-            self.model.add_adapter(name, _lora_config(spec))
+            with _fitting(self.base):
+                self.model.add_adapter(name, _lora_config(spec))
         self.model.set_adapter(name)
         flat = flatten_dict(tree, sep="/")
         state = {adapters.key_of(p): torch.from_numpy(np.ascontiguousarray(v, np.float32)) for p, v in flat.items()}
         state |= {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in spec.carried.items()}
-        set_peft_model_state_dict(self.model, state, adapter_name=name)
+        with _fitting(self.base):
+            found: Any = set_peft_model_state_dict(self.model, state, adapter_name=name)
+        if found.unexpected_keys:
+            raise InputError(f"{self.base}: the adapter is none of this base's: {len(found.unexpected_keys)} of its tensors have "
+                             f"no place there, first {found.unexpected_keys[0]}")
 
     def answer(self, rows: Sequence[Row], *, adapter: bool = True, examples: Sequence[Row] = ()) -> list[str]:
         """Return greedy answers; with `adapter=False` the base model's, with `examples` shown before each prompt."""
@@ -185,6 +191,15 @@ def _join(first: Question, second: Question) -> Question:
         else:
             joined[key] = [v for q in (first, second) for v in q.get(key, [0] * len(q[IDS]))]
     return joined
+
+
+@contextlib.contextmanager
+def _fitting(base: str) -> Iterator[None]:
+    """Turn what PEFT says of an adapter that is none of this base's into an InputError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{base}: the adapter is none of this base's: {' '.join(str(error).split())[:300]}") from error
 
 
 def _name(spec: Spec) -> str:
