@@ -9,6 +9,7 @@ Each task is trained to a point, then continued with every step saved, all tasks
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -16,8 +17,11 @@ import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import ml_collections
@@ -26,6 +30,7 @@ from tqdm import tqdm
 
 from data_pipeline import fine_tuning
 from dnd_jax import checksums, cli, files, images, prompts
+from dnd_jax.jail.isolation import PARENT_DEATH
 from dnd_jax.sources import Source
 from dnd_jax.tasks import MULTI_TASK, read_tasks
 from dnd_jax.types import InputError
@@ -99,7 +104,7 @@ def is_finished(folder: pathlib.Path, expected: dict[str, Any]) -> bool:
 
 def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: Any = None) -> str:
     """Train one run and write its folder whole; return its name. Of several processes the first one writes."""
-    began = time.perf_counter()
+    began, known = time.perf_counter(), identity(config, run)  # of the data as they are now
     c = config.collect
     model, tokenizer, initial = fine_tuning.load_model(config.base, c, initial_seed(config, run))
     for name, parameter in model.named_parameters():
@@ -111,13 +116,13 @@ def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: 
     if not examples:
         raise InputError(f"{run.name}: every prompt fills the cut-off, config.collect.max_length = {c.max_length} tokens")
     writes = accelerator is None or accelerator.is_main_process
-    with files.atomic_folder(pathlib.Path(c.out) / run.name) if writes else contextlib.nullcontext() as folder:
+    with files.atomic_folder(pathlib.Path(c.out) / run.name, "run.json") if writes else contextlib.nullcontext() as folder:
         losses = fine_tuning.fine_tune(
             model, examples, tokenizer.eos_token_id, c, config.seed, run.steps, run.checkpoints,
             lambda step: model.save_pretrained(folder / f"step_{step}") if folder else None, accelerator)
         if folder:
             files.write_json(folder / "run.json", {
-                **identity(config, run), "loss": losses, "rows": len(examples), "rows_cut_off": len(rows) - len(examples),
+                **known, "loss": losses, "rows": len(examples), "rows_cut_off": len(rows) - len(examples),
                 "seconds": time.perf_counter() - began,
             })
             checksums.write(folder)
@@ -125,10 +130,12 @@ def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: 
 
 
 def _start_worker(threads: int, started: Any) -> None:
-    """Give a worker its threads and, where there are GPUs, one of them in turn."""
+    """Give a worker its threads and, where there are GPUs, one of them in turn; it ends when its parent does."""
     import torch
 
     torch.set_num_threads(threads)
+    with contextlib.suppress(AttributeError):  # of systems other than Linux
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGTERM)
     with started.get_lock():
         number, started.value = started.value, started.value + 1
     if torch.cuda.is_available():
@@ -158,11 +165,27 @@ def main(args: Any) -> None:
             collect_one(config, run, accelerator)
         accelerator.end_training()
         return
+    for source in {repr(source): source for run in todo for source in run.sources}.values():
+        prompts.read_rows(source)  # what is malformed is to be said before hours of training
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with context.Pool(args.jobs, _start_worker, (threads, context.Value("i", 0))) as pool:
-        for _ in bar(pool.imap_unordered(functools.partial(collect_one, config), todo)):
-            pass
+    failures: dict[str, BaseException] = {}
+    with futures.ProcessPoolExecutor(args.jobs, context, _start_worker, (threads, context.Value("i", 0))) as pool:
+        names = {pool.submit(collect_one, config, run): run.name for run in todo}
+        for done in bar(futures.as_completed(names)):
+            if error := done.exception():
+                failures[names[done]] = error
+    _raise(failures, len(todo))
+
+
+def _raise(failures: Mapping[str, BaseException], count: int) -> None:
+    """Raise what runs failed with, naming each; the others are done."""
+    if any(isinstance(error, BrokenProcessPool) for error in failures.values()):
+        raise InputError(f"collect: a process was killed, as for want of memory; {len(failures)} of {count} runs are not done: "
+                         f"{', '.join(failures)}; the same command goes on")
+    if failures:
+        said = "; ".join(f"{name}: {error}" for name, error in failures.items())
+        raise InputError(f"collect: {len(failures)} of {count} runs failed: {said}") from next(iter(failures.values()))
 
 
 if __name__ == "__main__":

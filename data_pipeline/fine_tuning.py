@@ -38,6 +38,10 @@ def check(c: ml_collections.ConfigDict, processes: int = 1) -> None:
     for key, value, expected in (("dtype", c.dtype, DTYPES), ("quantize", c.quantize, QUANTISED)):
         if value not in expected:
             raise InputError(f"config.collect.{key} is {value!r}, expected one of {expected}")
+    for key, least in {"accumulate": 1, "batch_size": 1, "checkpoints": 1, "max_length": 1, "max_rows": 1, "multi_task_steps": 0,
+                       "rank": 1, "steps": 0}.items():
+        if c[key] is not None and c[key] < least:
+            raise InputError(f"config.collect.{key} is {c[key]}, expected at least {least}")
     if c.batch_size < c.accumulate * processes:
         raise InputError(f"config.collect.batch_size is {c.batch_size}, expected at least one row for each of {c.accumulate} "
                          f"microbatches (config.collect.accumulate) on {processes} processes")
@@ -55,19 +59,17 @@ def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tupl
     """
     import torch
     from peft import prepare_model_for_kbit_training
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
-    vision = hasattr(AutoConfig.from_pretrained(base), "vision_config")
-    kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     tokenizer = prompts.load_tokenizer(base)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, c.dtype)
     if c.quantize == "nf4":
         four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                        bnb_4bit_compute_dtype=dtype)
-        model = kind.from_pretrained(base, dtype=dtype, quantization_config=four_bits, device_map=device)
+        model = prompts.load_base(base, dtype=dtype, quantization_config=four_bits, device_map=device)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
-        model = kind.from_pretrained(base, dtype=dtype)
+        model = prompts.load_base(base, dtype=dtype)
         model.to(device)
     peft_model = add_lora(model, c, seed)
     return peft_model, tokenizer, {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
@@ -192,6 +194,8 @@ def fine_tune(model: Any, examples: Sequence[Example], fill: int, c: ml_collecti
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"step {step + 1} of {steps + checkpoints}: the loss is {losses[-1]}")
         if step >= steps:
             save(step + 1)
     return losses

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
+from safetensors import SafetensorError
 
+from dnd_jax import files
 from dnd_jax.types import InputError
 
 
@@ -61,8 +63,8 @@ class _Transformer(abc.ABC):
         self.name, self.length, self.mask_padding, self.pooled = name, length, mask_padding, pooled
         try:
             model, self._tokenizer = self._load(name)
-        except (OSError, ValueError) as error:
-            raise InputError(f"encoder {name}: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"encoder {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,12 +175,10 @@ class GloveEncoder:
     def __init__(self, name: str, length: int):
         self.length = length
         path = pathlib.Path(name)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: {error}") from error
         self._vectors: dict[str, np.ndarray] = {}
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(files.read_lines(path), 1):
+            if not line:
+                continue
             word, *values = line.rstrip().split(" ")
             expected = self.width if self._vectors else max(1, len(values))
             if len(values) != expected:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import hashlib
@@ -40,11 +41,28 @@ def named(path: PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_folder(final: PathLike) -> Iterator[pathlib.Path]:
-    """Yield a new folder that takes the name `final`, replacing what was there, when the block ends without error."""
+def atomic_folder(final: PathLike, marker: str) -> Iterator[pathlib.Path]:
+    """Yield a new folder that takes the name `final` when the block ends without error.
+
+    Args:
+      final: replaced, if it is an empty folder or one that was written by us.
+      marker: a file that every folder of this kind holds.
+
+    Raises:
+      InputError: something else has that name.
+    """
+    check_ours(final, marker)
     with temporary_folder(final) as temporary:
         yield temporary
         publish(temporary, final)
+
+
+def check_ours(final: PathLike, marker: str) -> None:
+    """Raise InputError if a name is taken by a file, or a folder with something in it but not with the file `marker`."""
+    path = pathlib.Path(final)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).exists()):
+        raise InputError(f"{path}: is there and would be replaced, but holds no {marker} as what is written here does; move it "
+                         "away, or choose another name")
 
 
 @contextlib.contextmanager
@@ -94,10 +112,7 @@ def _abandoned(folder: pathlib.Path) -> bool:
 def publish(temporary: pathlib.Path, final: PathLike) -> None:
     """Rename a complete folder to its final name, after its files are on disk, replacing at once what has that name."""
     final = pathlib.Path(final)
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            sync(path)
-    sync(temporary)
+    _sync_all(temporary)
     if os.path.lexists(final):
         _exchange(temporary, final)
         if temporary.is_symlink() or temporary.is_file():
@@ -106,6 +121,24 @@ def publish(temporary: pathlib.Path, final: PathLike) -> None:
     else:
         os.rename(temporary, final)
     sync(final.parent)
+
+
+def publish_new(temporary: pathlib.Path, final: PathLike) -> None:
+    """Rename a complete folder to its final name, unless a folder has that name already, which is then left as it is."""
+    final = pathlib.Path(final)
+    _sync_all(temporary)
+    try:
+        os.rename(temporary, final)
+    except OSError as error:  # an empty folder would be replaced
+        if not (error.errno in (errno.EEXIST, errno.ENOTEMPTY) and final.is_dir()):
+            raise
+    sync(final.parent)
+
+
+def _sync_all(folder: pathlib.Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            sync(path)
 
 
 def _exchange(temporary: pathlib.Path, final: pathlib.Path) -> None:
@@ -201,13 +234,31 @@ def write_json(path: PathLike, value: Any) -> None:
 
 
 def read_json(path: PathLike) -> Any:
-    """Read JSON; raise InputError that names the file when it is missing, unreadable or malformed."""
+    """Read JSON; raise InputError that names the file when it is missing, unreadable or malformed, as with a key twice."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON pairs; raise ValueError at a key that occurs twice (for `object_pairs_hook`)."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} occurs twice")
+    return found
+
+
+def read_lines(path: PathLike) -> list[str]:
+    """Read the lines of a text, which end in line feeds and nothing else that Unicode knows; raise InputError if it can't."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def sha256_file(path: PathLike) -> str:

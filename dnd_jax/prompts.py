@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dnd_jax import files, sources
 from dnd_jax.sources import Row, Source
 from dnd_jax.types import InputError
@@ -20,28 +22,36 @@ def read_rows(source: files.PathLike | Source) -> list[Row]:
         for field in ("prompt", "response"):
             if not getattr(row, field).strip():
                 raise InputError(f"{source}: row {i} has no text in {field!r}: {str(row)[:80]}")
+            check_text(getattr(row, field), f"{source}: row {i}")
     return rows
 
 
+def check_text(text: str, where: str) -> None:
+    """Raise InputError at half of a surrogate pair, as JSON may hold it, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {text[:60]!r} holds half of a character, {text[error.start]!r}") from error
+
+
 def read_prompts(path: files.PathLike) -> list[str]:
-    """Read unlabeled prompts: a JSON list of strings or of rows with a `prompt`, or a text file with one a line.
+    """Read unlabeled prompts: a JSON list (or JSON lines) of strings or of rows with a `prompt`, or a text with one a line.
 
     Raises:
       InputError: a missing or malformed file, or one without prompts.
     """
     path = pathlib.Path(path)
     found: list[Any]
-    if path.suffix == ".json":
-        value = files.read_json(path)
+    if path.suffix.lower() in (".json", ".jsonl"):
+        value = files.read_json(path) if path.suffix.lower() == ".json" else sources.read_json_lines(path)
         found = [v.get("prompt") if isinstance(v, dict) else v for v in value] if isinstance(value, list) else [value]
         if strange := [prompt for prompt in found if not isinstance(prompt, str)]:
             raise InputError(f"{path}: expected a list of strings or of rows with a 'prompt', found {str(strange[0])[:60]!r}")
     else:
-        try:
-            found = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: {error}") from error
+        found = [line.rstrip("\r") for line in files.read_lines(path)]
     prompts = [prompt for prompt in found if prompt.strip()]
+    for prompt in prompts:
+        check_text(prompt, str(path))
     if not prompts:
         raise InputError(f"{path}: no prompts, {len(found)} empty lines")
     return prompts
@@ -62,6 +72,18 @@ def load_tokenizer(base: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise InputError(f"{base}: the tokenizer has no end-of-text token, found {tokenizer.special_tokens_map}")
     return tokenizer
+
+
+def load_base(base: str, **options: Any) -> Any:
+    """Load a base model, of language or of vision and language, by transformers; raise InputError if that can't be."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        vision = hasattr(AutoConfig.from_pretrained(base), "vision_config")
+        kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        return kind.from_pretrained(base, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{base}: no model: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def messages(row: Row) -> list[dict[str, str]]:

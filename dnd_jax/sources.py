@@ -98,6 +98,8 @@ def parse(value: Any, folder: pathlib.Path, where: str) -> Source:
         raise InputError(f"{where}: {sorted(unknown)} are unknown, expected some of {ENTRY}, with columns of {COLUMNS}")
     if value.get("formatting") == "sharegpt" and "messages" not in (columns or {}):
         columns = {"messages": "conversations"} | (columns or {})
+    if (samples := value.get("num_samples")) is not None and (not isinstance(samples, int) or samples < 1):
+        raise InputError(f"{where}: num_samples is {samples!r}, expected a number of rows, at least 1")
     options = {key: value[key] for key in ("subset", "split", "num_samples") if value.get(key) is not None}
     if name := value.get("hf_hub_url"):
         return Source(name, True, columns=columns, tags=tags, **options)
@@ -117,6 +119,9 @@ def read(source: files.PathLike | Source) -> list[Row]:
     raw = read_raw(source)
     names = set().union(*raw)
     columns = source.columns or next((c for c in DEFAULT_COLUMNS if next(iter(c.values())) in names), DEFAULT_COLUMNS[2])
+    for field, name in (source.columns or {}).items():
+        if name not in names:
+            raise InputError(f"{source}: no row has a column {name!r} for the {field}, there are {sorted(names)}")
     prompt = columns.get("messages") or columns.get("prompt")
     if prompt not in names:
         raise InputError(f"{source}: no row has a column {prompt!r} for the prompt, there are {sorted(names)}")
@@ -129,7 +134,7 @@ def read_raw(source: Source) -> list[dict[str, Any]]:
     if source.hub or path.is_dir():
         raw = _read_by_datasets(source)
     else:
-        raw = _read_lines(path) if path.suffix == ".jsonl" else files.read_json(path)
+        raw = read_json_lines(path) if path.suffix.lower() == ".jsonl" else files.read_json(path)
     if not isinstance(raw, list) or not raw or not all(isinstance(row, dict) for row in raw):
         raise InputError(f"{source}: expected a non-empty list of objects, found {str(raw)[:60]!r}")
     return raw[: source.num_samples]
@@ -155,31 +160,33 @@ def _text(value: Any) -> str:
 
 
 def _first_exchange(turns: Any, source: Source, number: int) -> dict[str, str]:
-    """Return prompt, response and system of the first exchange of a chat."""
+    """Return prompt, response and system of the first exchange of a chat: its first answer, and the question before that."""
     speakers = SPEAKERS | {source.tags[tag]: field for tag, field in TAGS.items() if tag in source.tags}
     fields = {"prompt": "", "response": "", "system": ""}
     for turn in turns if isinstance(turns, list) else [turns]:
         turn = turn if isinstance(turn, dict) else {"": turn}
         speaker = turn.get(source.tags.get("role_tag", "from")) or turn.get("role")
-        if speaker not in speakers:
+        if not isinstance(speaker, str) or speaker not in speakers:
             raise InputError(f"{source}: row {number}: a turn is {str(turn)[:60]!r}, expected one from {sorted(speakers)}")
         content = turn.get(source.tags.get("content_tag", "value"))
+        text = _text(turn.get("content") if content is None else content)
         field = speakers[speaker]
-        fields[field] = fields[field] or _text(turn.get("content") if content is None else content)
+        if field == "response" and not fields["prompt"]:
+            continue  # a greeting
+        fields[field] = text if field == "prompt" else fields[field] or text
+        if fields["response"]:
+            break
     return fields
 
 
-def _read_lines(path: pathlib.Path) -> list[Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}") from error
+def read_json_lines(path: pathlib.Path) -> list[Any]:
+    """Read JSON lines; raise InputError that names the line."""
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.read_lines(path), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                rows.append(json.loads(line, object_pairs_hook=files.unique))
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}: line {number}: not JSON: {error}") from error
     return rows
 

@@ -40,10 +40,16 @@ def read_tasks(source: files.PathLike | Mapping[str, Any] | ml_collections.Confi
         where, folder, listed = "config.tasks", pathlib.Path(), source
     else:
         where, folder, listed = str(source), pathlib.Path(source).parent, files.read_json(source)
+    if not isinstance(listed, Mapping) or not listed:
+        raise InputError(f"{where}: expected tasks by name, found {str(listed)[:60]!r}")
     return [_read_task(name, entry, folder, f"{where}: {name}") for name, entry in listed.items()]
 
 
 def _read_task(name: str, entry: Mapping[str, Any], folder: pathlib.Path, where: str) -> Task:
+    if not re.fullmatch(r"[^/\0.][^/\0]*", name) or name == MULTI_TASK:
+        raise InputError(f"{where}: a task's name is that of folders, so not {name!r}")
+    if unknown := sorted(entry.keys() - {"split", "train", "test"}) if isinstance(entry, Mapping) else str(entry)[:60]:
+        raise InputError(f"{where}: expected 'split', 'train' and 'test', found {unknown}")
     if entry.get("split") not in SPLITS:
         raise InputError(f"{where}: split is {entry.get('split')!r}, expected one of {SPLITS}")
     if "train" not in entry:

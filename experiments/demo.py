@@ -29,7 +29,8 @@ def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
     held_out = f"{root}/datasets/{{test}}_train.json"
     with_config = [f"--config=experiments/configs/tenants.py:{arg}" if arg else "--config=experiments/configs/tenants.py"]
     world = [f"--out={root}", f"--seed={config.seed}", *(["--smoke"] if "smoke" in arg else [])]
-    parts = [f"{root}/{name}" for name in ("base", "encoder", "datasets", "unrelated", "base_model.json", "tasks.json")]
+    parts = [f"{root}/{name}" for name in (
+        "base", "encoder", "datasets", "unrelated", "base_model.json", "tasks.json", "world.json")]
     return {
         "tenants": (["data_pipeline.tenants", *world], parts),
         "collect": (["data_pipeline.collect", *with_config, f"--jobs={min(2, os.cpu_count() or 1)}"], [collected]),

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dnd_jax import files
 from dnd_jax.adapters import keys
 from dnd_jax.adapters.spec import PREFIX, Leaf, Spec, check_config, key_of
-from dnd_jax.adapters.tensor_files import TensorFile, check_finite, check_values, open_regular, unique
+from dnd_jax.adapters.tensor_files import TensorFile, check_finite, check_values, open_regular
 from dnd_jax.types import InputError, Tree
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -77,7 +77,7 @@ def read_config(folder: files.PathLike) -> dict[str, Any]:
         raise InputError(f"{path}: more than {MAX_CONFIG_BYTES} bytes")
     check_values(text, MAX_CONFIG_VALUES, str(path))
     try:
-        config = json.loads(text, object_pairs_hook=unique)
+        config = json.loads(text, object_pairs_hook=files.unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {str(error)[:200]}") from error
     try:
@@ -94,7 +94,7 @@ def write(folder: files.PathLike, tree: Tree, spec: Spec) -> None:
       InputError: a tree whose paths or shapes are not the spec's, or a value that isn't finite; nothing is written.
     """
     tensors = _tensors(tree, spec, str(folder))
-    with files.atomic_folder(folder) as temporary:
+    with files.atomic_folder(folder, CONFIG) as temporary:
         _write_files(temporary, tensors, spec, str(folder))
 
 
@@ -114,10 +114,9 @@ def write_addressed(root: files.PathLike, tree: Tree, spec: Spec, card: str | No
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         final = root / content_hash(temporary)
-        if not final.exists():
-            files.publish(temporary, final)
-        elif content_hash(final) != final.name:
-            raise InputError(f"{final}: its content has hash {content_hash(final)}; move it away")
+        files.publish_new(temporary, final)
+    if content_hash(final) != final.name:
+        raise InputError(f"{final}: its content has hash {content_hash(final)}; move it away")
     return final
 
 

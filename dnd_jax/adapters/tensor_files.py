@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from dnd_jax import files
 from dnd_jax.types import InputError
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -146,16 +147,6 @@ def check_values(text: bytes, limit: int, where: str) -> None:
         raise InputError(f"{where}: {count} values, at most {limit}")
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of JSON pairs; raise ValueError at a key that occurs twice (for `object_pairs_hook`)."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} occurs twice")
-    return found
-
-
 def _read_header(path: pathlib.Path, file: io.FileIO) -> tuple[int, dict[str, Extent]]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
@@ -168,7 +159,7 @@ def _read_header(path: pathlib.Path, file: io.FileIO) -> tuple[int, dict[str, Ex
         raise InputError(f"{path}: {count} tensors, at most {MAX_TENSORS}")
     check_values(text, MAX_VALUES, f"{path}: header")
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        header = json.loads(text, object_pairs_hook=files.unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: header is not JSON with unique keys: {str(error)[:200]}") from error
     if not isinstance(header, dict):

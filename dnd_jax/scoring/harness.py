@@ -25,7 +25,7 @@ KINDS = ("exact", "choice", "final_answer")
 
 
 def export(folder: files.PathLike, name: str, kind: str, rows: Sequence[Row], base: str, max_new_tokens: int) -> list[str]:
-    """Write a task folder, replacing what was there; return the names of its tasks.
+    """Write a task folder, replacing one of the same kind; return the names of its tasks.
 
     Raises:
       InputError: a kind that the harness has no safe or equal form of, or a row with images.
@@ -52,7 +52,7 @@ def export(folder: files.PathLike, name: str, kind: str, rows: Sequence[Row], ba
     if kind == "choice":
         tasks[f"{name}_loglikelihood"] = common | {"output_type": "multiple_choice", "doc_to_choice": "options",
                                                    "doc_to_target": "gold", "metric_list": [_metric("acc")]}
-    with files.atomic_folder(folder) as temporary:
+    with files.atomic_folder(folder, "rows.jsonl") as temporary:
         (temporary / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (temporary / "utils.py").write_text(UTILS)
         for task, settings in tasks.items():

@@ -27,13 +27,10 @@ class Model:
 
     def __init__(self, base: str, spec: Spec | None, batch_size: int, max_new_tokens: int):
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         self.base, self._batch_size, self._max_new_tokens = base, batch_size, max_new_tokens
         self.tokenizer = prompts.load_tokenizer(base)
-        vision = hasattr(AutoConfig.from_pretrained(base), "vision_config")
-        kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        model: Any = kind.from_pretrained(base)
+        model = prompts.load_base(base)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if spec:
             from peft import get_peft_model
