@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import ml_collections
 import numpy as np
@@ -187,9 +190,50 @@ def test_rows_whose_response_is_cut_off_are_not_trained_on(world, tmp_path):
         collect.collect_one(settings(world, tmp_path, max_length=1), one)
 
 
+def test_a_run_says_which_data_it_was_trained_on(world, tmp_path, monkeypatch):
+    """Of a file that is replaced while the run trains."""
+    shutil.copytree(world, tmp_path / "world")
+    config = settings(tmp_path / "world", tmp_path / "out")
+    one = collect.plan_runs(config)[1]
+    before, fine_tune = collect.identity(config, one), fine_tuning.fine_tune
+
+    def meanwhile(*given):
+        (tmp_path / "world" / "0.json").write_text(json.dumps([{"prompt": "how", "response": "two"}]))
+        return fine_tune(*given)
+
+    monkeypatch.setattr(fine_tuning, "fine_tune", meanwhile)
+    collect.collect_one(config, one)
+    assert json.loads((tmp_path / "out" / "task0" / "run.json").read_text())["files"] == before["files"]
+    with pytest.raises(InputError, match=r"run\.json: files was"):
+        collect.is_finished(tmp_path / "out" / "task0", collect.identity(config, one))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_there(world, tmp_path):
+    config = settings(world, tmp_path, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"step [2-6] of 6: the loss is nan"):
+        collect.collect_one(config, collect.plan_runs(config)[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_command_with_a_message(world, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen([sys.executable, "-m", "data_pipeline.collect", *command(world, tmp_path), "--jobs=1",
+                                "--config.collect.steps=100000"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".multi_task.tmp-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    (left,) = tmp_path.glob(".multi_task.tmp-*")
+    os.kill(int(left.name.rpartition("-")[2]), signal.SIGKILL)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert "a process was killed" in said and "4 of 4 runs are not done: multi_task, task0, task1, task2" in said
+
+
 @pytest.mark.parametrize("changes,message", [
     ({"dtype": "float8"}, "dtype is 'float8', expected one of"), ({"quantize": "int3"}, "quantize is 'int3', expected one of"),
     ({"accumulate": 7}, "batch_size is 6, expected at least one row for each of 7"),
+    ({"accumulate": 0}, "accumulate is 0, expected at least 1"), ({"checkpoints": 0}, "checkpoints is 0, expected at least 1"),
 ])
 def test_settings_that_can_not_be_are_named(world, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):

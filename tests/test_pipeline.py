@@ -11,7 +11,6 @@ from conftest import ROOT, run_module
 
 from dnd_jax import adapters, checkpoints, checksums, pairs, tokens
 from dnd_jax.encoders import SentenceEncoder
-from dnd_jax.prompts import read_prompts
 from experiments import run
 from experiments.configs import common_sense
 
@@ -243,8 +242,20 @@ def test_report_has_every_rung_and_stands_alone(ran, root):
     assert "src=" not in page and "href=\"http" not in page
 
 
-def test_read_prompts_takes_text_strings_and_rows(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n two \n")
-    (tmp_path / "b.json").write_text('["one", {"prompt": "two", "response": "?"}]')
-    assert read_prompts(tmp_path / "a.txt") == ["one", " two "]
-    assert read_prompts(tmp_path / "b.json") == ["one", "two"]
+@pytest.mark.parametrize("change,message", [
+    ("--config.collect.learning_rate=9", "collect was"),
+    ("--config.export.store=build/tenants-smoke/adapters", "holds no manifest.json"),
+    ("--config.export.store=build/tenants-smoke", "holds no manifest.json")])
+def test_export_takes_nothing_that_was_collected_otherwise_and_replaces_nothing_else(root, smoke, change, message):
+    before = {p for p in root.rglob("*") if p.is_file()}
+    done = run_module("data_pipeline.export", CONFIG, change, cwd=smoke, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
+    assert {p for p in root.rglob("*") if p.is_file()} == before
+
+
+def test_a_world_replaces_nothing_else(tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "mine.json").write_text("[]")
+    done = run_module("data_pipeline.tenants", f"--out={tmp_path}", "--smoke", check=False)
+    assert done.returncode == 1 and f"error: {tmp_path}/datasets: is there" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["datasets", "mine.json"]

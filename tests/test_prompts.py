@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import small_base
 
 from data_pipeline import fine_tuning
 from dnd_jax import prompts
@@ -53,3 +54,28 @@ def test_broken_rows_are_named(tmp_path, value, message):
     path.write_text(json.dumps(value))
     with pytest.raises(InputError, match=message):
         prompts.read_rows(path)
+
+
+def test_read_prompts_takes_text_strings_and_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffone\r\n\n two\u2028still two \n")
+    (tmp_path / "b.json").write_text('["one", {"prompt": "two", "response": "?"}]')
+    (tmp_path / "c.jsonl").write_text('"one"\n{"prompt": "two", "response": "secret"}\n')
+    assert prompts.read_prompts(tmp_path / "a.txt") == ["one", " two\u2028still two "]
+    assert prompts.read_prompts(tmp_path / "b.json") == prompts.read_prompts(tmp_path / "c.jsonl") == ["one", "two"]
+
+
+@pytest.mark.parametrize("text,message", [
+    (r'["cut \ud83d"]', r"p\.json: 'cut .* holds half of a character"), ("[" * 100_000, r"p\.json: not JSON"),
+    ("{}", "expected a list")])
+def test_prompts_that_no_encoder_takes_are_named(tmp_path, text, message):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        prompts.read_prompts(tmp_path / "p.json")
+
+
+def test_a_base_that_was_half_downloaded_is_named(tmp_path):
+    small_base("qwen2").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=f"{tmp_path}: no model: "):
+        prompts.load_base(str(tmp_path))

@@ -242,6 +242,14 @@ def test_command_names_what_is_wrong(base, tmp_path, options, message):
         score.main(arguments(base, tmp_path / "missing.json", **options | {"scoring": "exact"}))
 
 
+def test_a_task_folder_replaces_no_other(base, tmp_path):
+    (tmp_path / "chapter.tex").write_text("mine")
+    data = write(tmp_path / "rows.json", choice_rows(2))
+    with pytest.raises(InputError, match=f"{tmp_path}: is there"):
+        score.main(arguments(base, data, scoring="choice", lm_eval=str(tmp_path)))
+    assert (tmp_path / "chapter.tex").read_text() == "mine"
+
+
 HARNESS = """
 import json, sys
 import lm_eval

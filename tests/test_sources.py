@@ -112,6 +112,45 @@ def test_hash_is_of_the_file_or_of_what_is_taken_from_it(tmp_path):
     with pytest.raises(InputError, match="no row has a column 'p' for the prompt"):
         others[0].sha256()
     assert others[1].sha256() != plain.sha256()
+    unknown = sources.parse({"file_name": "a.json", "columns": {"prompt": "prompt", "system": "sytem"}}, tmp_path, "task")
+    with pytest.raises(InputError, match="no row has a column 'sytem' for the system"):
+        sources.read(unknown)
+
+
+@pytest.mark.parametrize("turns,expected", [
+    ([("gpt", "Hello!"), ("human", "2+2?"), ("gpt", "4"), ("human", "3+3?"), ("gpt", "6")], Row("2+2?", "4")),
+    ([("human", "2+2?"), ("human", "or rather 1+1?"), ("gpt", "2")], Row("or rather 1+1?", "2")),
+    ([("system", "Be brief."), ("human", "2+2?"), ("gpt", "4")], Row("2+2?", "4", "Be brief.")),
+])
+def test_an_answer_goes_with_the_question_before_it(tmp_path, turns, expected):
+    write(tmp_path, "a.json", [{"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}])
+    assert sources.read("a.json") == [expected]
+
+
+def test_lines_end_where_json_lines_do(tmp_path):
+    rows = [{"prompt": "one\u2028line\x85", "response": "r\x0c"}, {"prompt": "two", "response": "s"}]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
+    assert sources.read(tmp_path / "a.jsonl") == [Row("one\u2028line\x85", "r\x0c"), Row("two", "s")]
+
+
+@pytest.mark.parametrize("listed,message", [
+    ([], r"tasks\.json: expected tasks by name, found '\[\]'"), ({}, "expected tasks by name"),
+    ({"a": "x.json"}, "a: expected 'split'"),
+    ({"a": {"split": "train", "train": "a.json", "tests": "a.json"}}, r"found \['tests'\]"),
+    *(({name: {"split": "train", "train": "a.json"}}, "a task's name is that of folders")
+      for name in ("", "a/b", "../evil", ".hidden", "multi_task")),
+])
+def test_tasks_that_are_none_are_named(tmp_path, listed, message):
+    write(tmp_path, "a.json", [])
+    write(tmp_path, "tasks.json", listed)
+    with pytest.raises(InputError, match=message):
+        read_tasks(tmp_path / "tasks.json")
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    (tmp_path / "tasks.json").write_text('{"a": {"split": "train"}, "a": {"split": "test"}}')
+    with pytest.raises(InputError, match=r"tasks\.json: not JSON: 'a' occurs twice"):
+        read_tasks(tmp_path / "tasks.json")
 
 
 @pytest.mark.parametrize("name,value,message", [
@@ -130,6 +169,7 @@ def test_broken_files_are_named(tmp_path, name, value, message):
 
 @pytest.mark.parametrize("value,message", [
     ("nowhere.json", r"nowhere\.json is not there"), ({"file_name": "a.json", "colums": {}}, r"\['colums'\] are unknown"),
+    ({"file_name": "a.json", "num_samples": -1}, "num_samples is -1, expected a number of rows"),
     ({"file_name": "a.json", "columns": {"history": "h"}}, r"\['history'\] are unknown"), (3, "a source is '3'"),
     ({"registry": "info.json", "name": "b"}, r"info\.json has no data set 'b', only \['a'\]"),
     ({"registry": "info.json", "name": "a"}, r"info\.json: a: .*x\.json is not there"),
