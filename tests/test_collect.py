@@ -219,13 +219,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_there(world, tmp_path):
 def test_a_killed_worker_ends_the_command_with_a_message(world, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = subprocess.Popen([sys.executable, "-m", "data_pipeline.collect", *command(world, tmp_path), "--jobs=1",
-                                "--config.collect.steps=100000"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".multi_task.tmp-*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    (left,) = tmp_path.glob(".multi_task.tmp-*")
-    os.kill(int(left.name.rpartition("-")[2]), signal.SIGKILL)
-    _, said = started.communicate(timeout=60)
+                                "--config.collect.multi_task_steps=100000"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".multi_task.tmp-*")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        (left,) = tmp_path.glob(".multi_task.tmp-*")
+        os.kill(int(left.name.rpartition("-")[2]), signal.SIGKILL)
+        _, said = started.communicate(timeout=60)
+    finally:
+        started.kill()
     assert started.returncode == 1
     assert "a process was killed" in said and "4 of 4 runs are not done: multi_task, task0, task1, task2" in said
 
