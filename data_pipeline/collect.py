@@ -144,7 +144,8 @@ def _start_worker(threads: int, started: Any) -> None:
 
 def define_flags() -> None:
     cli.define_config()
-    flags.DEFINE_integer("jobs", max(1, (os.cpu_count() or 1) // 2), "Tasks trained at once, each in its own process.")
+    flags.DEFINE_integer("jobs", max(1, (os.cpu_count() or 1) // 2), "Tasks trained at once, each in its own process.",
+                         lower_bound=1)
     flags.DEFINE_string("shard", "0/1", "i/n: only every n-th run, from the i-th, counted from 0.")
 
 
@@ -152,8 +153,8 @@ def main(args: Any) -> None:
     config = ml_collections.FrozenConfigDict(args.config)
     together = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate launch says
     fine_tuning.check(config.collect, together)
-    prompts.load_tokenizer(config.base)
     runs = take_shard(plan_runs(config), args.shard)
+    prompts.load_tokenizer(config.base)
     todo = [run for run in runs if not is_finished(pathlib.Path(config.collect.out) / run.name, identity(config, run))]
     if not todo:
         print(f"collect: all {len(runs)} runs are there")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dnd_jax.types import InputError
+
+PACKAGES = ("dnd_jax", "data_pipeline", "experiments")
 
 
 def define_config(*, required: bool = True) -> None:
@@ -56,16 +59,40 @@ def run(main: Callable[..., None], define_flags: Callable[[], None], *, words: b
 
 def _parse_flags(argv: Sequence[str], words: bool) -> list[str]:
     """Parse, and turn what a config file or a flag can do wrong into an InputError."""
+    _show_all_in_help()
+    given = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), None)
+    if given is not None and not os.path.exists(path := given.partition(":")[0]):
+        raise InputError(f"command line: --config={given}: {path} is not there")
     try:
         rest = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()  # a file that can't be loaded is only noticed when its config is looked at
     except (flags.Error, OSError, SyntaxError, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
-        config = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "command line")
-        raise InputError(f"{config}: {type(error).__name__}: {error}") from error
+        raise InputError(f"{given or 'command line'}: {_in_words(error)}") from error
     if len(rest) > 1 and not words:
         raise InputError(f"command line: unexpected arguments {rest[1:]}")
     return rest
+
+
+def _show_all_in_help() -> None:
+    """Let `--help` list the flags that our modules define for each other, too."""
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.partition(".")[0] in PACKAGES:
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def _in_words(error: Exception) -> str:
+    """Return what went wrong with flags or a config, without the tracebacks and quotes that absl and ml_collections add."""
+    said = str(error)
+    if missing := re.findall(r"flag --(\w+)=None: Flag \S+ must have a value", said):
+        return f"--{' and --'.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; --help lists the flags"
+    if "Traceback" in said:  # of the config file's own error
+        return said.rpartition("Error: ")[2]
+    if isinstance(error, AttributeError | KeyError):
+        name, _, hint = said.replace("\\n", "\n").replace("\\", "").strip("'\"").partition("\n")
+        return " ".join(f"no field {name.strip(chr(39))!r} there. {hint}".split())
+    return f"{type(error).__name__}: {said}"
 
 
 def config_json(config: ml_collections.ConfigDict) -> str:

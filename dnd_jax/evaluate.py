@@ -258,7 +258,8 @@ def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if found["findings"]:
         raise InputError(f"{config.tasks}: {'; '.join(found['findings'])}")
     result = report.summarise(*ask_all(ev), [task.name for task in ev.test])
-    result |= {"harm": harms(ev), "cost": cost(ev, workdir), "audit": found, "checkpoint": ev.generator.step}
+    result |= {"form": ev.store.manifest.get("form", "prompt"), "harm": harms(ev), "cost": cost(ev, workdir), "audit": found,
+               "checkpoint": ev.generator.step}
     print(report.table(result), flush=True)
     report.write(result, workdir)
 

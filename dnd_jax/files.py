@@ -258,7 +258,7 @@ def read_lines(path: PathLike) -> list[str]:
     try:
         return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def sha256_file(path: PathLike) -> str:

@@ -93,6 +93,13 @@ def describe_carried(about: dict[str, Any]) -> str:
     return f"not generated but taken from the training runs: {', '.join(parts)}" if parts else ""
 
 
+def describe_form(about: dict[str, Any]) -> str:
+    """Return what is wrong with conditions of prompts alone, in words; empty if the decoder was trained on such."""
+    form = about.get("form", "prompt")
+    return "" if form == "prompt" else (f"warning: the decoder was trained on conditions of form {form!r}, which hold responses; "
+                                        "they are made of prompts alone here")
+
+
 def nearest_tasks(about: dict[str, Any], condition: Float[np.ndarray, "N L C"], count: int = 3) -> list[tuple[str, float]]:
     """Return the training tasks whose prompts are most like these, with the cosines of their pooled embeddings."""
     if not about["embeddings"]:
@@ -123,7 +130,7 @@ def plan_links(values: Sequence[str], out: str) -> dict[str, pathlib.Path]:
     Raises:
       InputError: no file, two files of one stem, or a link's name that something else has.
     """
-    names = [name for value in values for name in ([value] if pathlib.Path(value).exists() else value.split(",")) if name]
+    names = [name for value in values for name in ([value] if os.path.exists(value) else value.split(",")) if name]
     if not names:
         raise InputError("command line: --prompts names no file")
     if len(names) == 1:
@@ -212,7 +219,7 @@ def main(args: Any) -> None:
     generator = Generator(args.workdir)
     encoder = encoders.make(generator.about["encoder"])
     chosen = {name: choose(found, generator.prompts, args.seed, name) for name, found in texts.items()}
-    if remark := describe_carried(generator.about):
+    for remark in filter(None, (describe_carried(generator.about), describe_form(generator.about))):
         print(remark)
 
     def compute(name: str) -> tuple[float, np.ndarray, Tree]:

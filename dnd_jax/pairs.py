@@ -61,9 +61,12 @@ def open_store(folder: files.PathLike) -> Store:
       InputError: a missing manifest, another format version, or a file whose hash differs.
     """
     folder = pathlib.Path(folder)
+    if not (folder / "manifest.json").exists():
+        raise InputError(f"{folder / 'manifest.json'}: No such file, so no pair store; run data_pipeline.export first")
     manifest = files.read_json(folder / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{folder / 'manifest.json'}: format is {manifest.get('format')!r}, expected {FORMAT}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{folder / 'manifest.json'}: format is {found!r}, expected {FORMAT}")
     if (folder / SEAL).exists() and files.sha256_file(folder / "manifest.json") != (folder / SEAL).read_text(errors="replace"):
         raise InputError(f"{folder / 'manifest.json'}: its sha256 is not the one that {SEAL} says")
     for name, expected in manifest["sha256"].items():

@@ -188,7 +188,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
         "config": json.loads(cli.config_json(config)), "features": [list(f) for f in decoder.features], "length": decoder.length,
         "kernel_size": decoder.kernel_size, "layout": layout.to_json(), "spec": spec.to_json(),
         "encoder": config.encoder.to_dict(), "base": {"name": config.base, "sha256": "not recorded"},
-        "carried": {}, "averaged": [], "embeddings": {},
+        "carried": {}, "averaged": [], "form": config.condition.form, "embeddings": {},
     }
     if checkpoints.steps(workdir / "checkpoints"):
         raise InputError(f"{workdir}: holds checkpoints; import into another workdir")

@@ -84,6 +84,8 @@ def table(result: dict[str, Any]) -> str:
         if others:
             line = f"{line:<87}" + "".join(f"  {rung['metrics'][other]:>{len(other)}.1%}" for other in others)
         lines.append(line.rstrip())
+    if (form := result.get("form", "prompt")) != "prompt":
+        lines.append(f"conditions of form {form!r}: DnD and the rungs by similarity see responses of the test tasks")
     return "\n".join([*lines, "", _labels_line([result["audit"]["tasks"][name] for name in result["rungs"]["dnd"]["per_task"]]),
                       *harm.lines(result["harm"]), _cost_line(result["cost"]), result["verdict"]])
 

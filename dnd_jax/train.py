@@ -262,6 +262,7 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
         "spec": store.manifest["spec"], "encoder": store.manifest["encoder"], "base": store.manifest["base"],
         "carried": keys.count_kinds(store.spec), "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED),
         "averaged": store.manifest["averaged"],
+        "form": store.manifest.get("form", "prompt"),
         "embeddings": {t.name: baselines.pool(t.condition).round(6).tolist() for t in store.split("train")},
     }
 

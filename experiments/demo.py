@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from dnd_jax import cli, files, report
+from dnd_jax.types import InputError
 from experiments.configs import tenants
 
 
@@ -83,6 +84,10 @@ def define_flags() -> None:
 
 
 def main(args: Any) -> None:
+    try:
+        tenants.get_config(args.arg)
+    except ValueError as error:
+        raise InputError(f"--arg={args.arg}: {error}") from error
     workdir, ran = run_stations(args.arg)
     seconds = {p.stem: files.read_json(p)["seconds"] for p in (workdir.parent / "stamps").glob("*.json")}
     if "evaluate" not in ran:

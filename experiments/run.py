@@ -76,8 +76,11 @@ def define_flags() -> None:
 def main(args: Any) -> None:
     with_config = [word for word in sys.argv[1:] if word.startswith(("--config=", "--config."))]
     for place, kind in args.config.evaluate.unrelated:
-        read_rows(place)  # what is missing is to be said before days of work
-        kinds.check(kind)
+        try:
+            read_rows(place)  # what is missing is to be said before days of work
+            kinds.check(kind)
+        except InputError as error:
+            raise InputError(f"config.evaluate.unrelated: {error}") from error
     planned = stations(args.config, with_config, args.workdir, args.jobs)
     if run(["data_pipeline.datasets", "audit", *with_config]) and not args.despite_findings:
         raise InputError(f"{with_config[0]}: see the audit's findings above; --despite_findings goes on all the same")

@@ -218,8 +218,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_there(world, tmp_path):
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_command_with_a_message(world, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen([sys.executable, "-m", "data_pipeline.collect", *command(world, tmp_path), "--jobs=1",
-                                "--config.collect.multi_task_steps=100000"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    words = [*command(world, tmp_path), "--jobs=1", "--config.collect.multi_task_steps=100000"]
+    started = subprocess.Popen([sys.executable, "-m", "data_pipeline.collect", *words], cwd=tmp_path, env=env,
+                               stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".multi_task.tmp-*")) and time.monotonic() < deadline:
@@ -236,7 +237,8 @@ def test_a_killed_worker_ends_the_command_with_a_message(world, tmp_path):
 @pytest.mark.parametrize("changes,message", [
     ({"dtype": "float8"}, "dtype is 'float8', expected one of"), ({"quantize": "int3"}, "quantize is 'int3', expected one of"),
     ({"accumulate": 7}, "batch_size is 6, expected at least one row for each of 7"),
-    ({"accumulate": 0}, "accumulate is 0, expected at least 1"), ({"checkpoints": 0}, "checkpoints is 0, expected at least 1"),
+    ({"accumulate": 0}, "accumulate is 0, expected at least 1"),
+    ({"checkpoints": 0}, "checkpoints is 0, expected at least 1"),
 ])
 def test_settings_that_can_not_be_are_named(world, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):

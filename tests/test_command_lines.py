@@ -26,11 +26,18 @@ def refuse(*command, cwd, contains):
 
 def test_configs_missing_unreadable_misspelt(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:\n")
-    refuse("dnd_jax.train", "--workdir=run", cwd=tmp_path, contains=["--config"])
-    refuse("dnd_jax.train", "--workdir=run", "--config=nowhere.py", cwd=tmp_path, contains=["nowhere.py"])
+    (tmp_path / "choosy.py").write_text("def get_config(arg):\n    raise ValueError(f'no {arg} here')\n")
+    refuse("dnd_jax.train", "--workdir=run", cwd=tmp_path, contains=["error: command line: --config is missing; --help lists"])
+    refuse("dnd_jax.train", "--workdir=run", "--config=nowhere.py", cwd=tmp_path, contains=["nowhere.py is not there"])
+    refuse("dnd_jax.train", "--workdir=run", "--config=choosy.py:tea", cwd=tmp_path, contains=["choosy.py:tea: no tea here"])
     refuse("dnd_jax.train", "--workdir=run", "--config=broken.py", cwd=tmp_path, contains=["broken.py", "SyntaxError"])
-    refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.train.step=3", cwd=tmp_path, contains=["step"])
+    refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.train.step=3", cwd=tmp_path, contains=["no field 'step' there"])
     refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.train.steps=many", cwd=tmp_path, contains=["steps", "many"])
+
+
+def test_help_lists_the_flags_that_other_modules_define():
+    said = run_module("dnd_jax.train", "--help", check=False).stdout
+    assert all(f"--{name}: " in said for name in ("config", "workdir", "coordinator", "num_processes", "process_id"))
 
 
 def test_store_of_another_format_or_content(tmp_path, rng):

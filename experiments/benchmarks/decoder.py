@@ -277,8 +277,12 @@ def _one_process(args: Any) -> None:
 
 
 def main(args: Any) -> None:
-    if unknown := set(args.only) - set(DECODERS):
-        raise InputError(f"--only: {sorted(unknown)} is none of {list(DECODERS)}")
+    for name, known in {"only": list(DECODERS), "taps": ["5", "9", "11"]}.items():
+        if unknown := set(getattr(args, name)) - set(known):
+            raise InputError(f"--{name}: {sorted(unknown)} is none of {known}")
+    for name in ("batch", "cores"):
+        if not all(number.isdigit() and int(number) for number in getattr(args, name)):
+            raise InputError(f"--{name}: {getattr(args, name)}, expected numbers")
     if args.rows:
         return _one_process(args)
     if accelerator.in_own_process(accelerator.backend).get("backend", "cpu") != "cpu":  # who asks, holds it
@@ -296,7 +300,8 @@ def main(args: Any) -> None:
                        f"--taps={','.join(args.taps)}", f"--batch={','.join(args.batch)}", f"--cores={cores}",
                        f"--repeats={args.repeats}", f"--compile={bool(args.compile and compiler)}",
                        f"--rows={folder}/rows.json"]
-            subprocess.run(command, check=True, env=os.environ | {"GLIBC_TUNABLES": ALLOCATOR})
+            if status := subprocess.run(command, env=os.environ | {"GLIBC_TUNABLES": ALLOCATOR}).returncode:
+                raise InputError(f"{cores} cores: the process that measures ended with status {status}")
             rows += json.loads(pathlib.Path(folder, "rows.json").read_text())
     print(accelerator.floors())
     if args.json:
