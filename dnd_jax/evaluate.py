@@ -2,8 +2,8 @@
 
     python -m dnd_jax.evaluate --config=experiments/configs/tenants.py --workdir=build/tenants/run
 
-Writes `report.json` and `report.html` to the workdir. What a rung chooses, it chooses on validation tasks. Answers are scored by
-`config.evaluate.scoring`, one of `scoring.kinds`.
+Writes `report.json` and `report.html` to the workdir. What a rung chooses, it chooses on validation tasks; without these, the
+rungs that choose are left out. Answers are scored by `config.evaluate.scoring`, one of `scoring.kinds`.
 
     python -m dnd_jax.evaluate --base=Qwen/Qwen2.5-0.5B-Instruct --data=FILE.json --scoring=choice [--adapter=DIR]
 
@@ -50,8 +50,6 @@ class Evaluation:
         self.rows = {"train": {task.name: prompts.read_rows(task.train) for task in listed},
                      "test": {task.name: prompts.read_rows(task.test) for task in listed if task.test}}
         self.train, self.validation, self.test = (self.store.split(s) for s in SPLITS)
-        if not self.validation:
-            raise InputError(f"{config.export.store}: has no validation task, on which the rungs choose; give a task that split")
         if not self.test:
             raise InputError(f"{config.export.store}: has no test task, on which the rungs are compared; give a task that split")
         self._check_rows({task.name: task.test or task.train for task in listed})
@@ -132,8 +130,8 @@ def ridge(ev: Evaluation, penalty: float) -> MakeAdapter:
 
 
 def generated(ev: Evaluation, shuffled: bool = False) -> MakeAdapter:
-    """Generate from the task's prompts, or shuffled from those of the next test task; a validation task if there is one only."""
-    others = ev.test if len(ev.test) > 1 else [*ev.test, *ev.validation]
+    """Generate from the task's prompts, or shuffled from those of the next test task; of another task if there is one only."""
+    others = ev.test if len(ev.test) > 1 else [*ev.test, *ev.validation, *ev.train]
 
     def make(task: pairs.Task, draw: int) -> Flat:
         source = others[(others.index(task) + 1) % len(others)] if shuffled else task
@@ -153,19 +151,22 @@ def random_text(ev: Evaluation) -> MakeAdapter:
     return make
 
 
+def choosing_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
+    """Return the rungs that leave something open, and what is best on the validation tasks."""
+    single, use_single = best_single(ev)
+    (k, temperature), use_top_k = ev.best([((k, t), top_k(ev, k, t)) for k in ev.e.top_k for t in ev.e.temperatures])
+    penalty, use_ridge = ev.best([(p, ridge(ev, p)) for p in ev.e.penalties])
+    return {"best_single": (use_single, single), "weighted_topk": (use_top_k, f"k = {k}, temperature {temperature}"),
+            "ridge": (use_ridge, f"penalty {penalty}")}
+
+
 def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
     """Return every rung that is an adapter of the store's rank, with what it chose on the validation tasks."""
-    single, use_single = best_single(ev)
-    grid = [((k, t), top_k(ev, k, t)) for k in ev.e.top_k for t in ev.e.temperatures]
-    (k, temperature), use_top_k = ev.best(grid)
-    penalty, use_ridge = ev.best([(p, ridge(ev, p)) for p in ev.e.penalties])
     rng = np.random.default_rng((ev.config.seed, 4))
     return {
         "mean_adapter": (fixed(baselines.weighted_mean(ev.known, np.ones(len(ev.known)))), ""),
-        "best_single": (use_single, single),
+        **(choosing_rungs(ev) if ev.validation else {}),
         "nearest": (top_k(ev, 1, 1.0), ""),
-        "weighted_topk": (use_top_k, f"k = {k}, temperature {temperature}"),
-        "ridge": (use_ridge, f"penalty {penalty}"),
         "random": (fixed(baselines.random_like(ev.known, rng)), ""),
         "multi_task": (fixed(ev.adapter(MULTI_TASK)), ""),
         "dnd": (generated(ev), f"step {ev.generator.step}"),

@@ -31,7 +31,7 @@ def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[st
     bootstrap = Bootstrap([len(task) for task in scores["dnd"]])
     rungs: dict[str, Any] = {}
     differences: dict[str, Any] = {}
-    for name in ORDER:
+    for name in (name for name in ORDER if name in found):
         mean, interval = bootstrap.interval(scores[name])
         strange = np.concatenate([draw.unparsable for task in found[name] for draw in task])
         rungs[name] = {"mean": mean, "ci95": interval, "unparsable": float(np.mean(strange)),
@@ -46,7 +46,7 @@ def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[st
             mean, interval = bootstrap.interval(gaps)
             signs = [np.sign(round(float(gap.mean()), 9)) for gap in gaps]
             differences[f"dnd-{name}"] = {"mean": mean, "ci95": interval, "won": signs.count(1), "lost": signs.count(-1)}
-    best = max(LABEL_FREE, key=lambda name: float(rungs[name]["mean"]))
+    best = max((name for name in LABEL_FREE if name in found), key=lambda name: float(rungs[name]["mean"]))
     return {"scoring": metric, "rungs": rungs, "differences": differences, "best_label_free": best,
             "verdict": verdict(rungs, differences, best)}
 
@@ -84,6 +84,8 @@ def table(result: dict[str, Any]) -> str:
         if others:
             line = f"{line:<87}" + "".join(f"  {rung['metrics'][other]:>{len(other)}.1%}" for other in others)
         lines.append(line.rstrip())
+    if left_out := [name for name in ORDER if name not in result["rungs"]]:
+        lines.append(f"left out, as no validation tasks are there to choose on: {', '.join(left_out)}")
     if (form := result.get("form", "prompt")) != "prompt":
         lines.append(f"conditions of form {form!r}: DnD and the rungs by similarity see responses of the test tasks")
     return "\n".join([*lines, "", _labels_line([result["audit"]["tasks"][name] for name in result["rungs"]["dnd"]["per_task"]]),

@@ -3,10 +3,8 @@
     python -m experiments.run --config=experiments/configs/common_sense.py:ARC-c --workdir=runs/common_sense/ARC-c
 
 Every station is the command that it prints, with the same `--config.field=value`, and goes on where it was when run again. What
-the audit finds stops the run, unless `--despite_findings`. The result is the ladder's report where there are validation tasks, on
-which its rungs choose. The paper's experiments have none: they end with an adapter for each test task, `WORKDIR/generated/TASK`,
-and its score beside the base's, `WORKDIR/scores/TASK.json` and `TASK-base.json`; and on the files of
-`config.evaluate.unrelated`, where a generated adapter should do no harm, `TASK-FILE.json` beside `base-FILE.json`.
+the audit finds stops the run, unless `--despite_findings`. The result is an adapter for each test task, `WORKDIR/generated/TASK`,
+and the ladder's report; the paper's experiments have no validation tasks, so theirs is without the rungs that choose on these.
 """
 
 import pathlib
@@ -21,8 +19,7 @@ from absl import flags
 from dnd_jax import cli
 from dnd_jax.prompts import read_rows
 from dnd_jax.scoring import kinds
-from dnd_jax.sources import Source
-from dnd_jax.tasks import Task, read_tasks
+from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
 
@@ -32,32 +29,9 @@ def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], work
     store = pathlib.Path(config.export.store)
     generated = [["dnd_jax.generate", f"--workdir={workdir}", f"--prompts={store}/tasks/{task.name}/prompts.json",
                   f"--out={workdir}/generated/{task.name}"] for task in tasks if task.split == "test"]
-    ladder = [["dnd_jax.evaluate", *with_config, f"--workdir={workdir}"]]
-    has_validation = any(task.split == "validation" for task in tasks)
     return [["data_pipeline.collect", *with_config, f"--jobs={jobs}"], ["data_pipeline.export", *with_config],
             ["dnd_jax.train", *with_config, f"--workdir={workdir}"], *generated,
-            *(ladder if has_validation else scores(config, workdir, [task for task in tasks if task.split == "test"]))]
-
-
-def scores(config: ml_collections.ConfigDict, workdir: str, tests: Sequence[Task]) -> list[list[str]]:
-    """Return the command lines that score the base, and each test task's generated adapter, on its rows and unrelated ones."""
-    def score(place: str, scoring: str, out: str, adapter: str = "") -> list[str]:
-        return ["dnd_jax.evaluate", f"--base={config.base}", f"--data={place}", f"--scoring={scoring}",
-                f"--batch_size={e.batch_size}", f"--max_new_tokens={e.max_new_tokens}",
-                f"--samples={e.samples}", f"--temperature={e.temperature}",
-                *([f"--adapter={workdir}/generated/{adapter}"] if adapter else []), f"--out={workdir}/scores/{out}.json"]
-
-    commands, e = [], config.evaluate
-    for task in tests:
-        if task.test is None or task.test != Source(task.test.place):
-            raise InputError(f"config.tasks: {task.name} is tested on {task.test}, expected a plain file where no validation "
-                             "task lets the ladder choose")
-        commands += [score(task.test.place, e.scoring, f"{task.name}-base"),
-                     score(task.test.place, e.scoring, task.name, task.name)]
-    for place, scoring in e.unrelated:
-        name = pathlib.Path(place).stem
-        commands += [score(place, scoring, f"base-{name}"), *(score(place, scoring, f"{t.name}-{name}", t.name) for t in tests)]
-    return commands
+            ["dnd_jax.evaluate", *with_config, f"--workdir={workdir}"]]
 
 
 def run(command: Sequence[str]) -> int:

@@ -198,7 +198,7 @@ def test_one_command_runs_all_stations_and_repeats_no_work(ran, root):
         assert adapters.read(root / "run/generated" / task.name)[1].config["peft_type"] == "LORA"
 
 
-def test_one_command_of_a_paper_experiment_ends_with_its_scores(tmp_path, monkeypatch):
+def test_one_command_of_a_paper_experiment_ends_with_its_ladder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = common_sense.get_config("ARC-c")
     for entry in config.tasks.values():
@@ -207,11 +207,28 @@ def test_one_command_of_a_paper_experiment_ends_with_its_scores(tmp_path, monkey
             (tmp_path / entry[part]).touch()
     commands = run.stations(config, ["--config=c.py"], "w", 2)
     assert [words[0] for words in commands] == [
-        "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", *["dnd_jax.generate"] * 2, *["dnd_jax.evaluate"] * 7]
+        "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", *["dnd_jax.generate"] * 2, "dnd_jax.evaluate"]
     assert commands[3][2:] == ["--prompts=runs/common_sense/ARC-c/store/tasks/ARC-c/prompts.json", "--out=w/generated/ARC-c"]
-    assert {"--data=data/ARC-c_test.json", "--scoring=choice", "--out=w/scores/ARC-c-base.json"} <= set(commands[5])
-    assert {"--adapter=w/generated/Science", "--out=w/scores/Science.json"} <= set(commands[8])
-    assert {"--data=data/MMLU_test.json", "--adapter=w/generated/Science"} <= set(commands[-1])
+    assert commands[-1] == ["dnd_jax.evaluate", "--config=c.py", "--workdir=w"]
+
+
+def test_a_ladder_without_validation_tasks_and_with_one_test_task(root, smoke, tmp_path):
+    """Rungs that choose are left out, and nothing is said about other tasks."""
+    store = shutil.copytree(root / "store", tmp_path / "store")
+    manifest = json.loads((store / "manifest.json").read_text())
+    keep = {"test": 1, "validation": 0}
+    for split, count in keep.items():
+        for name in [name for name, entry in manifest["tasks"].items() if entry["split"] == split][count:]:
+            del manifest["tasks"][name]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / pairs.SEAL).unlink()
+    shutil.copytree(root / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report.*", "metrics.jsonl"))
+    done = run_module("dnd_jax.evaluate", CONFIG, f"--config.export.store={store}", f"--workdir={tmp_path}/run", cwd=smoke)
+    assert "left out, as no validation tasks are there to choose on: best_single, weighted_topk, ridge" in done.stdout
+    assert "One held-out task says nothing about others" in done.stdout and "training unknown" in done.stdout
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert {"mean_adapter", "nearest", "dnd", "dnd_shuffled", "in_task"} <= report["rungs"].keys()
+    assert (tmp_path / "run" / "report.html").read_text().count("<svg") == 2
 
 
 def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):
