@@ -1,7 +1,9 @@
 """What the paper's experiments share: models, collecting and training settings (arXiv 2506.16406; `reference.md` has the table).
 
 Dataset files are `data/<name>_train.json` and `data/<name>_test.json`, lists of prompt, response and system, made from the
-sets that the paper names. Of `collect`, dtype and rows are the paper's; how a batch of 16 is divided is ours.
+sets that the paper names. Of `collect`, rank, learning rate, cosine, warm-up, dtype, cut-off, rows and checkpoints are the
+paper's; the steps before these, the rate that they are continued at, alpha, batch, clipping and weight decay are ours. Of
+`train`, all is the paper's but for AdamW's moments, float32 here and 8 bits there, validation, and what is kept.
 """
 
 from collections.abc import Mapping, Sequence
