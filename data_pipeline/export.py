@@ -55,7 +55,8 @@ def make_gauge(name: str, reference: Tree, spec: Spec) -> Callable[[Tree], Tree]
 def condition_texts(rows: Sequence[prompts.Row], settings: ml_collections.ConfigDict) -> list[str]:
     """Return what is encoded of the rows that a task trains on: the first `pool` of them, or all, in one of the paper's forms.
 
-    `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts has its answer: by one draw for all samples, which is our reading of the paper.
+    `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts has its answer: by one draw for all samples,
+    which is our reading of the paper.
     """
     rows = rows[: settings.pool] if settings.pool else rows
     with_answer = np.random.default_rng(0).random(len(rows)) < {"prompt+answer": 1.0, "mix": 0.2}.get(settings.form, 0.0)

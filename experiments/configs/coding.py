@@ -6,8 +6,8 @@ Argument: `1.5b` (default) or `7b`.
 Hardware: an A100 with 80 GB, where `config.train.accumulate` divides what doesn't fit; the decoders have 1.7 and 2.0 G
 parameters, 28 and 53 TFLOP per adapter.
 Expected of 1.5B on HumanEval, pass@1/5/10, %: 32.7/55.3/64.1 (base 14.7/26.5/32.3; paper, its own figures).
-Conditions are of each set's first 512 prompts, at 20 MB a prompt (the paper: of all). The `train` files of the two test sets, which
-have none of their own, say what the in-task rung is trained on, and their prompts are the condition.
+Conditions are of each set's first 512 prompts, at 20 MB a prompt (the paper: of all). The two test sets have no training rows of
+their own: what `data/HumanEval_train.json` holds is what the in-task rung learns, and its prompts are the condition.
 """
 
 import ml_collections
