@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import pathlib
@@ -69,7 +68,7 @@ def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
     return {
         "task": run.name, "split": run.split, "base": base_identity(config.base), "seed": config.seed,
         "files": {str(source): source.sha256() for source in run.sources},
-        "collect": json.loads(config.collect.to_json_best_effort()) | {"out": None},
+        "collect": cli.config_dict(config.collect) | {"out": None},
         "steps": run.steps, "checkpoints": run.checkpoints, "initial_seed": initial_seed(config, run),
     }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import sys
@@ -93,6 +94,11 @@ def _in_words(error: Exception) -> str:
         name, _, hint = said.replace("\\n", "\n").replace("\\", "").strip("'\"").partition("\n")
         return " ".join(f"no field {name.strip(chr(39))!r} there. {hint}".split())
     return f"{type(error).__name__}: {said}"
+
+
+def config_dict(config: ml_collections.ConfigDict) -> Any:
+    """Return a config as what JSON makes of it."""
+    return json.loads(config_json(config))
 
 
 def config_json(config: ml_collections.ConfigDict) -> str:

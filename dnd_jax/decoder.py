@@ -5,7 +5,7 @@ the next (O, M, D), so `features = ((N, L, C), ..., (T, H, W))` is the whole arc
 first shortens L. Source: Liang et al., arXiv 2506.16406, section 3.4 and its public implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -39,6 +39,16 @@ class HyperConvDecoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     mesh: jax.sharding.Mesh | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "HyperConvDecoder":
+        """Return the decoder that `to_json` describes; further keys don't count."""
+        return cls(tuple(map(tuple, value["features"])), value["kernel_size"], value["length"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a checkpoint must say of the decoder."""
+        features = [list(map(int, shape)) for shape in self.features]
+        return {"features": features, "kernel_size": self.kernel_size, "length": self.length}
 
     @property
     def condition_shape(self) -> Shape3:

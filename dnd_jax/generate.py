@@ -37,10 +37,9 @@ class Generator:
     def __init__(self, workdir: files.PathLike):
         """Load the checkpoint and compile for one prompt batch; `compile_s` and `step` say what that took and found."""
         self.step, params, self.about, _ = checkpoints.load_best(f"{workdir}/checkpoints")
-        features = tuple(map(tuple, self.about["features"]))
-        self.prompts, self.layout = features[0][0], Layout.from_json(self.about["layout"])
+        self.prompts, self.layout = self.about["features"][0][0], Layout.from_json(self.about["layout"])
         self.spec = Spec.from_json(self.about["spec"], carried_of(workdir, self.about))
-        decoder = HyperConvDecoder(features, self.about["kernel_size"], self.about["length"])
+        decoder = HyperConvDecoder.from_json(self.about)
         checkpoints.check_shapes(f"{workdir}/checkpoints/{self.step}", params, param_shapes(decoder))
         began = time.perf_counter()
         self._variables = keep_transforms(decoder, params)

@@ -9,7 +9,6 @@ The first makes a workdir that `dnd_jax.generate` takes, the second goes back. N
     "model.decoder.module_list.0.linear1.conv1w.weight"  <->  params["layers_0"]["width_conv_c"]
 """
 
-import json
 import pathlib
 import re
 import subprocess
@@ -185,8 +184,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
         if ours != theirs:
             raise InputError(f"state dict: {path} is {ours}, the config's decoder has {theirs}")
     about = {
-        "config": json.loads(cli.config_json(config)), "features": [list(f) for f in decoder.features], "length": decoder.length,
-        "kernel_size": decoder.kernel_size, "layout": layout.to_json(), "spec": spec.to_json(),
+        **decoder.to_json(), "config": cli.config_dict(config), "layout": layout.to_json(), "spec": spec.to_json(),
         "encoder": config.encoder.to_dict(), "base": {"name": config.base, "sha256": "not recorded"},
         "carried": {}, "averaged": [], "form": config.condition.form, "embeddings": {},
     }

@@ -7,7 +7,6 @@ processes run it as one (`distributed.py`).
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -257,12 +256,10 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
 def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperConvDecoder) -> dict[str, Any]:
     """Return what a checkpoint must say so that one can generate from it."""
     return {
-        "config": json.loads(cli.config_json(config)), "features": [list(map(int, f)) for f in decoder.features],
-        "length": decoder.length, "kernel_size": decoder.kernel_size, "layout": store.layout.to_json(),
-        "spec": store.manifest["spec"], "encoder": store.manifest["encoder"], "base": store.manifest["base"],
+        **decoder.to_json(), "config": cli.config_dict(config), "layout": store.layout.to_json(), "spec": store.manifest["spec"],
+        "encoder": store.manifest["encoder"], "form": store.manifest.get("form", "prompt"), "base": store.manifest["base"],
         "carried": keys.count_kinds(store.spec), "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED),
         "averaged": store.manifest["averaged"],
-        "form": store.manifest.get("form", "prompt"),
         "embeddings": {t.name: baselines.pool(t.condition).round(6).tolist() for t in store.split("train")},
     }
 

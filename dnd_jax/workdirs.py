@@ -1,6 +1,5 @@
 """The folder of a training run: one run at a time, one config for ever."""
 
-import json
 import pathlib
 import re
 from typing import Any
@@ -22,7 +21,7 @@ def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       InputError: another run is using the workdir, or it has another config; the message names every field and both values.
     """
-    path, new = workdir / "config.json", json.loads(cli.config_json(config))
+    path, new = workdir / "config.json", cli.config_dict(config)
     _read_config(path, new)  # a refused command changes nothing
     files.lock(workdir)
     if _read_config(path, new) != new:  # another run may have begun here meanwhile

@@ -1,16 +1,16 @@
 """Every variant of every experiment builds, and its decoder goes from its encoder's conditions to its base's tokens."""
 
 import importlib
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dnd_jax import cli, tasks, tokens, train
-from dnd_jax.adapters.architecture import ALL_LINEAR, spec_of_model
+from dnd_jax import cli, tasks
+from dnd_jax.adapters.architecture import ALL_LINEAR
 from dnd_jax.decoder import param_shapes
+from experiments.benchmarks.overhead import make_decoder, size_of
 
 FILES = ("common_sense", "coding", "math", "multimodal", "ablations")
 VARIANTS = [(file, variant) for file in FILES for variant in importlib.import_module(f"experiments.configs.{file}").VARIANTS]
@@ -20,23 +20,18 @@ def get(file, variant):
     return importlib.import_module(f"experiments.configs.{file}").get_config(variant)
 
 
-def decoder_for(config):
-    layout = tokens.plan(spec_of_model(config.model, config.collect.rank, config.collect.target_modules))
-    return train.decoder_of(config, config.encoder.length, config.model.condition_width, layout.shape), layout
-
-
 @pytest.mark.parametrize("file,variant", VARIANTS)
 def test_decoder_fits_encoder_and_layout(file, variant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = get(file, variant)
-    decoder, layout = decoder_for(config)
+    decoder, layout = make_decoder(config)
     condition = jax.ShapeDtypeStruct((1, *decoder.condition_shape), jnp.float32)
     assert condition.shape == (1, config.condition.prompts, config.encoder.length, config.model.condition_width)
     out = jax.eval_shape(decoder.apply, {"params": param_shapes(decoder)}, condition)
     assert out.shape == (1, *layout.shape)
     splits = {entry["split"] for entry in config.tasks.values()}
     assert splits == {"train", "test"} and len(read_names(config)) == len(config.tasks)
-    assert json.loads(cli.config_json(config))["condition"]["prompts"] == config.condition.prompts
+    assert cli.config_dict(config)["condition"]["prompts"] == config.condition.prompts
 
 
 def read_names(config):
@@ -107,9 +102,9 @@ SIZES = {("common_sense", "ARC-c"): (1.11, 8.3), ("coding", "1.5b"): (1.72, 27.3
 def test_sizes_are_the_published_ones(capsys):
     rows = {}
     for file, variant in VARIANTS:
-        decoder, layout = decoder_for(get(file, variant))
-        params = param_shapes(decoder)
-        rows[file, variant] = (sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e9, decoder.flops / 1e12, layout.shape)
+        decoder, layout = make_decoder(get(file, variant))
+        found = size_of(decoder)
+        rows[file, variant] = (found["parameters"] / 1e9, found["flop"] / 1e12, layout.shape)
     with capsys.disabled():
         print("\nexperiment                         parameters  TFLOP per adapter  tokens")
         for (file, variant), (size, work, shape) in rows.items():

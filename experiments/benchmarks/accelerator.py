@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dnd_jax import files, released, tokens, train
-from dnd_jax.adapters.architecture import spec_of_model
-from dnd_jax.decoder import HyperConvDecoder, param_shapes, prepare
+from dnd_jax import files, released
+from dnd_jax.decoder import HyperConvDecoder, prepare
+from experiments.benchmarks import overhead
 from experiments.configs import coding, common_sense, multimodal
 
 PEAK = {"H100": 790.0, "H200": 790.0, "A100": 312.0}  # dense bf16 TFLOP/s that matrix products reach or are sold with
@@ -31,13 +31,7 @@ PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
 def decoder_of(config: Any) -> HyperConvDecoder:
     """Return a published decoder at its true size."""
-    layout = tokens.plan(spec_of_model(config.model, config.collect.rank, config.collect.target_modules))
-    return train.decoder_of(config, config.encoder.length, config.model.condition_width, layout.shape).clone(dtype=jnp.bfloat16)
-
-
-def parameters(decoder: HyperConvDecoder) -> int:
-    """Return how many parameters a decoder has."""
-    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(decoder)))
+    return overhead.make_decoder(config)[0].clone(dtype=jnp.bfloat16)
 
 
 def floors(chip: str = "H100") -> str:
@@ -48,8 +42,9 @@ def floors(chip: str = "H100") -> str:
         config = get_config()
         decoder, batch = decoder_of(config), config.train.batch_size
         compute = decoder.flops / PEAK[chip] / 1e12
-        memory = 2 * parameters(decoder) / BYTES[chip]
-        lines.append(f"{name:5} {decoder.flops / 1e12:5.1f} TFLOP, {parameters(decoder) / 1e9:.2f} G parameters: adapter "
+        parameters = overhead.size_of(decoder)["parameters"]
+        memory = 2 * parameters / BYTES[chip]
+        lines.append(f"{name:5} {decoder.flops / 1e12:5.1f} TFLOP, {parameters / 1e9:.2f} G parameters: adapter "
                      f"{1000 * max(compute, memory):.1f} ms ({1000 * memory:.1f} ms of it to read bf16 parameters at the least), "
                      f"step of {batch} {3 * batch * compute:.1f} s")
     return "\n".join(lines)

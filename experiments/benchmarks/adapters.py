@@ -10,7 +10,6 @@ import math
 import pathlib
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dnd_jax import adapters, cli, files, tokens
 from dnd_jax.adapters import Leaf, Spec
 from dnd_jax.types import TokenArray, Tree
+from experiments.benchmarks.overhead import seconds_of
 
 RANK, HIDDEN, KV, INTERMEDIATE = 16, 3584, 512, 18944
 WIDTHS = {
@@ -77,12 +77,6 @@ def decode_by_tiles(array: TokenArray, layout: tokens.Layout) -> Tree:
         value = np.concatenate(tiles, axis=1)
         flat[matrix.path] = value.T if matrix.transposed else value
     return unflatten_dict(flat, sep="/")
-
-
-def seconds_of(action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
 
 
 def compare(ours: Callable[[], Any], plain: Callable[[], Any], repeats: int, clean: Callable[[], None] = lambda: None

@@ -40,6 +40,7 @@ from dnd_jax import cli, files, released, sharding
 from dnd_jax.decoder import HyperConvDecoder, plane_conv, prepare
 from dnd_jax.types import InputError
 from experiments.benchmarks import accelerator
+from experiments.benchmarks.overhead import seconds_of
 from experiments.configs import tenants
 
 # Pages of large temporaries are kept and are huge, and all threads have one arena, as those of others give theirs back to the
@@ -215,12 +216,6 @@ def cost_of_bf16(k: int) -> float:
         return interleaved({"convolution": lambda: torch.nn.functional.conv2d(x, kernel, padding="same")}, 3)["convolution"]
 
     return seconds(torch.bfloat16) / seconds(torch.float32)
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

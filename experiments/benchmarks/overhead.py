@@ -73,14 +73,16 @@ def size_of(decoder: HyperConvDecoder) -> dict[str, float]:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
+def seconds_of(action: Callable[[], Any]) -> float:
+    """Return what an action takes, with what it computes in the background."""
+    began = time.perf_counter()
+    jax.block_until_ready(action())
+    return time.perf_counter() - began
+
+
 def median_seconds(action: Callable[[], Any], repeats: int) -> float:
     """Return the median seconds of an action after one that doesn't count."""
-    seconds = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(action())
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds[1:]))
+    return float(np.median([seconds_of(action) for _ in range(repeats + 1)][1:]))
 
 
 def measure_decoder(decoder: HyperConvDecoder, layout: Layout, repeats: int) -> dict[str, float]:
