@@ -58,10 +58,10 @@ def condition_texts(rows: Sequence[prompts.Row], settings: ml_collections.Config
     `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts has its answer: by one draw for all samples,
     which is our reading of the paper.
     """
-    rows = rows[: settings.pool] if settings.pool else rows
-    with_answer = np.random.default_rng(0).random(len(rows)) < {"prompt+answer": 1.0, "mix": 0.2}.get(settings.form, 0.0)
     if settings.form not in FORMS:
         raise InputError(f"config.condition.form is {settings.form!r}, expected one of {FORMS}")
+    rows = rows[: settings.pool] if settings.pool else rows
+    with_answer = np.random.default_rng(0).random(len(rows)) < {"prompt+answer": 1.0, "mix": 0.2}.get(settings.form, 0.0)
     if settings.form == "answer":
         return [row.response for row in rows]
     return [f"{row.prompt}\n{row.response}" if both else row.prompt for row, both in zip(rows, with_answer, strict=True)]
@@ -104,11 +104,7 @@ def export(config: ml_collections.ConfigDict) -> None:
             if encoded is None:
                 continue
             texts = condition_texts(prompts.read_rows(task.train)[: config.collect.max_rows], config.condition)
-            target = folder / "tasks" / task.name
-            target.mkdir(parents=True)
-            np.save(target / "tokens.npy", encoded)
-            np.save(target / "condition.npy", encoder(texts))
-            files.write_json(target / "prompts.json", texts)
+            write_task(folder / "tasks" / task.name, encoded, texts, encoder)
             entries[task.name] = {"split": task.split, "checkpoints": len(encoded), "prompts": len(texts)}
             if task.split == "train":
                 weighed.append(encoded)
@@ -126,6 +122,14 @@ def export(config: ml_collections.ConfigDict) -> None:
         })
         files.write_text(folder / pairs.SEAL, files.sha256_file(folder / "manifest.json"))
     print(f"{config.export.store}: {len(tasks)} tasks, tokens {list(layout.shape)}, chunk {layout.chunk}")
+
+
+def write_task(folder: pathlib.Path, encoded: np.ndarray, texts: Sequence[str], encoder: encoders.Encoder) -> None:
+    """Write a task's weight tokens `[K, T, H, W]`, and the texts of its conditions, as they are and encoded `[P, L, C]`."""
+    folder.mkdir(parents=True)
+    np.save(folder / "tokens.npy", encoded)
+    np.save(folder / "condition.npy", encoder(texts))
+    files.write_json(folder / "prompts.json", texts)
 
 
 def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:

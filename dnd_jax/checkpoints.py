@@ -9,11 +9,8 @@ reported when it fails, and neither an empty folder nor a malformed metrics file
 """
 
 import functools
-import json
 import logging
-import math
 import pathlib
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,17 +21,11 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from dnd_jax import checkpoint_folders as folders
 from dnd_jax import checksums, cli, distributed, files
 from dnd_jax.types import InputError, Params
 
-METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"
 SAVE_S = 600  # a save that takes longer has failed; of several processes, the others wait so long for one that could not write
-
-
-def merit(metrics: dict[str, float] | None) -> float:
-    """Return what the best checkpoint has most of; without validation tasks all are alike, and the latest is taken."""
-    loss = (metrics or {}).get("validation_loss")
-    return -loss if isinstance(loss, int | float) else -math.inf
 
 
 class Checkpointer:
@@ -52,13 +43,13 @@ class Checkpointer:
         self._folder = pathlib.Path(folder).resolve()
         self._about = about
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(last), policies.BestN(get_metric_fn=merit, n=1)]
+        keep = [policies.LatestN(last), policies.BestN(get_metric_fn=folders.merit, n=1)]
         self._keep = policies.AnyPreservationPolicy([*keep, policies.EveryNSteps(every)] if every else keep)
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._watcher: threading.Thread | None = None
         self._step = -1
         self.failure: OSError | None = None
-        distributed.by_first(functools.partial(_tidy, self._folder))
+        distributed.by_first(functools.partial(folders.tidy, self._folder))
 
     def restore(self, like: Any) -> Any | None:
         """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
@@ -71,8 +62,8 @@ class Checkpointer:
           OSError: a checkpoint that can't be read or loaded, although its bytes are those written, for want of memory or as
             it holds another state. Nothing is set aside then. Of several processes the others, which wait for it, end too.
         """
-        distributed.by_first(functools.partial(_set_changed_aside, self._folder))
-        while (step := distributed.agreed(max((int(path.name) for path in steps(self._folder)), default=-1))) >= 0:
+        distributed.by_first(functools.partial(folders.set_changed_aside, self._folder))
+        while (step := distributed.agreed(max((int(path.name) for path in folders.steps(self._folder)), default=-1))) >= 0:
             path = self._folder / str(step)
             try:
                 check_shapes(path, _shapes(path), like["params"] if isinstance(like, dict) else like.params)
@@ -82,7 +73,7 @@ class Checkpointer:
             except Exception as error:  # what damage raises, and where, is not documented
                 if _surely_sound(path, error) or jax.process_count() > 1:
                     raise OSError(f"{path}: process {jax.process_index()} can't load it: {error}") from error
-                set_aside(path, str(error))
+                folders.set_aside(path, str(error))
                 continue
             distributed.by_first(functools.partial(_record, path))
             return state
@@ -91,7 +82,8 @@ class Checkpointer:
     def last_good(self) -> str:
         """Return the newest checkpoint on disk, in words."""
         self.wait()
-        return f"the last good checkpoint is {paths[-1]}" if (paths := steps(self._folder)) else "no checkpoint was written yet"
+        paths = folders.steps(self._folder)
+        return f"the last good checkpoint is {paths[-1]}" if paths else "no checkpoint was written yet"
 
     def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
         """Start saving in the background, when the save before is done; if it fails, `failure` says so and stderr at once."""
@@ -129,8 +121,8 @@ class Checkpointer:
             self._fail(error)
             return
         path = self._folder / str(step)
-        if not (path / METADATA).is_file():
-            self._fail(f"no {METADATA} there after saving")
+        if not (path / folders.METADATA).is_file():
+            self._fail(f"no {folders.METADATA} there after saving")
             return
         try:
             if distributed.is_first():
@@ -211,45 +203,6 @@ def _own_log() -> logging.Logger:
     return log
 
 
-def steps(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the committed checkpoints in order of their steps; empty folders and those set aside are none."""
-    found = [path.parent for path in folder.glob(f"[0-9]*/{METADATA}") if path.parent.name.isdigit()]
-    return sorted(found, key=lambda path: int(path.name))
-
-
-def _tidy(folder: pathlib.Path) -> None:
-    """Take out of the way what would keep Orbax from opening a folder of checkpoints, or from saving a step again."""
-    for path in sorted(folder.glob("[0-9]*")):
-        if not path.name.isdigit() or not path.is_dir():
-            continue
-        if not any(path.iterdir()):
-            path.rmdir()
-        elif not (path / METADATA).is_file():
-            set_aside(path, f"incomplete: no {METADATA}")
-        elif fault := checksums.fault(path, METADATA):
-            set_aside(path, fault)
-        elif (path / METRICS).exists() and _metrics(path) is None:
-            _lose_metrics(path)
-
-
-def _lose_metrics(path: pathlib.Path) -> None:
-    if (path / METRICS).is_dir():
-        shutil.rmtree(path / METRICS)
-    files.write_json(path / METRICS, {})
-
-
-def _set_changed_aside(folder: pathlib.Path) -> None:
-    """Set newest checkpoints aside until one is as it was written, metrics apart."""
-    for path in reversed(steps(folder)):
-        if not (fault := _fault(path)):
-            return
-        set_aside(path, fault)
-
-
-def _fault(path: pathlib.Path) -> str | None:
-    return checksums.fault(path, "state/") or checksums.fault(path, METADATA)
-
-
 def _surely_sound(path: pathlib.Path, error: Exception) -> bool:
     """Tell whether a checkpoint without a known fault failed to load for another reason than damage."""
     return (path / checksums.NAME).exists() or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
@@ -261,29 +214,6 @@ def _record(path: pathlib.Path) -> None:
         checksums.write(path)
 
 
-def set_aside(path: pathlib.Path, fault: str) -> None:
-    """Rename a damaged checkpoint so that nothing takes it for one, and say so."""
-    target = next(t for i in range(1000) if not (t := path.with_name(f"{path.name}.damaged{i or ''}")).exists())
-    path.rename(target)
-    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}", flush=True)
-
-
-def _metrics(path: pathlib.Path) -> dict[str, float] | None:
-    """Return a checkpoint's metrics, or None, said on standard output, where they are malformed or not those written."""
-    fault = None
-    try:
-        fault = checksums.fault(path, METRICS)
-        if not fault and not (path / METRICS).exists():
-            return {}  # saved without any
-        found = json.loads((path / METRICS).read_text(encoding="utf-8")) if not fault else None
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError) as error:
-        fault = str(error)
-    print(f"{path / METRICS}: damaged ({fault or 'no JSON object'}), so this checkpoint does not count as the best")
-    return None
-
-
 def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict[str, float]]:
     """Return step, parameters (NumPy), `about` and metrics of the sound checkpoint that is best on the validation tasks.
 
@@ -293,25 +223,25 @@ def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict
       InputError: a folder without a sound checkpoint.
       OSError: a checkpoint that can't be read or loaded, although its bytes are those written.
     """
-    metrics = {path: _metrics(path) for path in steps(pathlib.Path(folder).resolve())}
-    path, params = _first_sound(folder, sorted(metrics, key=lambda p: (merit(metrics[p]), int(p.name)), reverse=True))
+    metrics = {path: folders.metrics_of(path) for path in folders.steps(pathlib.Path(folder).resolve())}
+    path, params = _first_sound(folder, sorted(metrics, key=lambda p: (folders.merit(metrics[p]), int(p.name)), reverse=True))
     return int(path.name), params, ocp.checkpointables_metadata(path).custom_metadata, metrics[path] or {}
 
 
 def load_latest(folder: files.PathLike) -> tuple[int, Params]:
     """Return step and parameters (NumPy) of the newest sound checkpoint."""
-    path, params = _first_sound(folder, steps(pathlib.Path(folder).resolve())[::-1])
+    path, params = _first_sound(folder, folders.steps(pathlib.Path(folder).resolve())[::-1])
     return int(path.name), params
 
 
 def _first_sound(folder: files.PathLike, paths: Sequence[pathlib.Path]) -> tuple[pathlib.Path, Params]:
     _own_log()
     for path in paths:
-        if not (fault := _fault(path)):
+        if not (fault := folders.fault_of(path)):
             try:
                 return path, _load_params(path)
             except Exception as error:  # what damage raises, and where, is not documented
-                if _surely_sound(path, error) and not _fault(path):  # a run beside may have removed it meanwhile
+                if _surely_sound(path, error) and not folders.fault_of(path):  # a run beside may have removed it meanwhile
                     raise OSError(f"{path}: can't be loaded, although its bytes are those written: {error}") from error
                 fault = str(error)
         print(f"{path}: damaged ({' '.join(fault.split())[:200]}), passed over")

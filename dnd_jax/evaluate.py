@@ -81,9 +81,11 @@ class Evaluation:
         return self.score(self.e.scoring, self.rows["test"][task.name], known=known, **how)
 
     def score(self, kind: str, rows: Sequence[Row], **how: Any) -> Scores:
+        """Score what the model answers to rows as it is now."""
         return kinds.score(kind, self.model, rows, samples=self.e.samples, temperature=self.e.temperature, **how)
 
     def scores(self, flat: Flat, task: pairs.Task) -> Scores:
+        """Score what the model answers to a task with an adapter."""
         self.model.use(unflatten_dict(flat, sep="/"), self.store.spec)
         return self.ask(task)
 

@@ -23,7 +23,7 @@ import safetensors.numpy
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dnd_jax import checkpoints, cli, encoders, files, tokens, train, workdirs
+from dnd_jax import checkpoint_folders, checkpoints, cli, encoders, files, tokens, train, workdirs
 from dnd_jax.adapters.architecture import spec_of_model
 from dnd_jax.adapters.tensor_files import TensorFile
 from dnd_jax.decoder import param_shapes
@@ -188,7 +188,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
         "encoder": config.encoder.to_dict(), "base": {"name": config.base, "sha256": "not recorded"},
         "carried": {}, "averaged": [], "form": config.condition.form, "embeddings": {},
     }
-    if checkpoints.steps(workdir / "checkpoints"):
+    if checkpoint_folders.steps(workdir / "checkpoints"):
         raise InputError(f"{workdir}: holds checkpoints; import into another workdir")
     workdirs.claim(config, workdir)
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints", about)

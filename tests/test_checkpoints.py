@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dnd_jax import checkpoints, checksums
+from dnd_jax import checkpoint_folders, checkpoints, checksums
 from dnd_jax.types import InputError
 
 ABOUT = {"kernel_size": 3}
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_readers_and_set_aside_by_trainin
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"validation_loss": 0.9}', "\xff\xfe{"])
 def test_damaged_metrics_cost_the_metrics_only(folder, capsys, text):
-    (folder / "1" / checkpoints.METRICS).write_text(text, encoding="latin-1")
+    (folder / "1" / checkpoint_folders.METRICS).write_text(text, encoding="latin-1")
     step, _, about, metrics = checkpoints.load_best(folder)
     assert step == 3 and metrics == {"validation_loss": 0.2} and about == ABOUT
     assert "metrics: damaged" in capsys.readouterr().out
@@ -227,14 +227,14 @@ def test_a_failed_write_costs_no_older_checkpoint_where_it_cannot_even_be_said(t
             assert checkpointer.failed()
         with pytest.raises(OSError, match=f"last good checkpoint is {tmp_path}/2$"):
             checkpointer.close()
-    assert [path.name for path in checkpoints.steps(tmp_path)] == ["1", "2"][-last:]
+    assert [path.name for path in checkpoint_folders.steps(tmp_path)] == ["1", "2"][-last:]
     assert int(restored(tmp_path)["step"]) == 2
 
 
 @pytest.mark.parametrize("break_it", [
     lambda path: (path / "_CHECKPOINT_METADATA").write_text("[1]"),
-    lambda path: ((path / checksums.NAME).unlink(), (path / checkpoints.METRICS).write_text('{"validation_loss": null}')),
-    lambda path: ((path / checkpoints.METRICS).unlink(), (path / checkpoints.METRICS).mkdir())])
+    lambda path: ((path / checksums.NAME).unlink(), (path / checkpoint_folders.METRICS).write_text('{"validation_loss": null}')),
+    lambda path: ((path / checkpoint_folders.METRICS).unlink(), (path / checkpoint_folders.METRICS).mkdir())])
 def test_damage_to_an_older_checkpoint_keeps_no_later_one_from_being_saved(folder, break_it):
     break_it(folder / "2")
     checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=3)

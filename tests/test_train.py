@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_store, read_log, tiny_config, train_command, without_times
 
-from dnd_jax import checkpoints, inputs, optimizers, pairs, sharding, train, workdirs
+from dnd_jax import checkpoint_folders, checkpoints, inputs, optimizers, pairs, sharding, train, validation, workdirs
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError
@@ -51,7 +51,7 @@ def test_log_and_checkpoints_say_what_happened(tmp_path, store):
     assert 0 < log[0]["norm_ratio"] < 10 and log[1]["validation_loss"] == log[1]["validation_loss/task3"]
     step, params, about, metrics = checkpoints.load_best(tmp_path / "run" / "checkpoints")
     validated = [entry for entry in log if "validation_loss" in entry]
-    best = max(validated, key=checkpoints.merit)
+    best = max(validated, key=checkpoint_folders.merit)
     assert step == best["step"] and metrics["validation_loss"] == best["validation_loss"] and len(validated) == 3
     assert about["config"]["train"]["steps"] == 6 and about["features"][-1] == list(pairs.open_store(store).layout.shape)
     assert params["layers_0"]["norm"]["scale"].shape == (5, 4)
@@ -279,7 +279,7 @@ def test_validation_takes_no_more_at_once_than_a_microbatch_and_is_the_same(tmp_
         config, mesh = tiny_config(tmp_path / "store", accumulate=accumulate), sharding.make_mesh()
         decoder = train.make_decoder(config, opened)
         mask = mask_of(opened.layout)
-        validate = train.make_validate(config, opened.split("validation"), decoder, mesh, mask, opened.importance)
+        validate = validation.make_validate(config, opened.split("validation"), decoder, mesh, mask, opened.importance)
         found.append(validate(train.make_state(config, decoder, mesh).params))
     assert set(sizes[:2]) == {8} and set(sizes[2:]) == {1} and len(sizes) == 2 + 12
     assert found[0].keys() == found[1].keys() == {"validation_loss", *(f"validation_loss/task{i}" for i in (3, 4, 5))}

@@ -22,6 +22,7 @@ NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def check_pair(module: str, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Raise InputError unless a module has both A and B, of the rank that the config gives it, and none inside the other."""
     if NESTED.search(module):
         raise InputError(f"{PREFIX}{module}: a matrix inside a matrix")
     a, b = f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
@@ -57,6 +58,7 @@ def _check_vectors(module: str, shapes: Shapes, config: Mapping[str, Any]) -> No
 
 
 def check_embedding(module: str, shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Raise InputError unless an embedding's A and B are both there, of the rank that the config gives it."""
     a, b = (f"{PREFIX}{module}.lora_embedding_{side}" for side in "AB")
     for here, partner in ((a, b), (b, a)):
         if here not in shapes:
@@ -168,6 +170,7 @@ def check_saved(modules: Iterable[str], config: Mapping[str, Any]) -> None:
 
 
 def check_token_rows(modules: set[str], shapes: Shapes, config: Mapping[str, Any]) -> None:
+    """Raise InputError unless the trained tokens of an embedding are those that the config lists."""
     indices = config.get("trainable_token_indices")
     if indices and not modules:
         raise InputError("trainable_tokens_delta is missing, the config has trainable_token_indices")
@@ -185,6 +188,7 @@ def _in_any_layer(module: str) -> str:
 
 
 def parents(module: str) -> list[str]:
+    """Return a dotted name's beginnings, itself the last."""
     return [module[: m.end()] for m in re.finditer(r"[^.]+", module)]
 
 

@@ -1,0 +1,79 @@
+"""The folders of checkpoints, without Orbax: which are committed and sound, which is best; damaged ones are set aside."""
+
+import json
+import math
+import pathlib
+import shutil
+
+from dnd_jax import checksums, files
+
+METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"
+
+
+def merit(metrics: dict[str, float] | None) -> float:
+    """Return what the best checkpoint has most of; without validation tasks all are alike, and the latest is taken."""
+    loss = (metrics or {}).get("validation_loss")
+    return -loss if isinstance(loss, int | float) else -math.inf
+
+
+def steps(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the committed checkpoints in order of their steps; empty folders and those set aside are none."""
+    found = [path.parent for path in folder.glob(f"[0-9]*/{METADATA}") if path.parent.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def tidy(folder: pathlib.Path) -> None:
+    """Take out of the way what would keep Orbax from opening a folder of checkpoints, or from saving a step again."""
+    for path in sorted(folder.glob("[0-9]*")):
+        if not path.name.isdigit() or not path.is_dir():
+            continue
+        if not any(path.iterdir()):
+            path.rmdir()
+        elif not (path / METADATA).is_file():
+            set_aside(path, f"incomplete: no {METADATA}")
+        elif fault := checksums.fault(path, METADATA):
+            set_aside(path, fault)
+        elif (path / METRICS).exists() and metrics_of(path) is None:
+            _lose_metrics(path)
+
+
+def _lose_metrics(path: pathlib.Path) -> None:
+    if (path / METRICS).is_dir():
+        shutil.rmtree(path / METRICS)
+    files.write_json(path / METRICS, {})
+
+
+def set_changed_aside(folder: pathlib.Path) -> None:
+    """Set newest checkpoints aside until one is as it was written, metrics apart."""
+    for path in reversed(steps(folder)):
+        if not (fault := fault_of(path)):
+            return
+        set_aside(path, fault)
+
+
+def fault_of(path: pathlib.Path) -> str | None:
+    """Return what is wrong with a checkpoint's state or metadata, as far as their hashes tell."""
+    return checksums.fault(path, "state/") or checksums.fault(path, METADATA)
+
+
+def set_aside(path: pathlib.Path, fault: str) -> None:
+    """Rename a damaged checkpoint so that nothing takes it for one, and say so."""
+    target = next(t for i in range(1000) if not (t := path.with_name(f"{path.name}.damaged{i or ''}")).exists())
+    path.rename(target)
+    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}", flush=True)
+
+
+def metrics_of(path: pathlib.Path) -> dict[str, float] | None:
+    """Return a checkpoint's metrics, or None, said on standard output, where they are malformed or not those written."""
+    fault = None
+    try:
+        fault = checksums.fault(path, METRICS)
+        if not fault and not (path / METRICS).exists():
+            return {}  # saved without any
+        found = json.loads((path / METRICS).read_text(encoding="utf-8")) if not fault else None
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError) as error:
+        fault = str(error)
+    print(f"{path / METRICS}: damaged ({fault or 'no JSON object'}), so this checkpoint does not count as the best")
+    return None
