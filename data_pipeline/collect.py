@@ -172,9 +172,15 @@ def main(args: Any) -> None:
     failures: dict[str, BaseException] = {}
     with futures.ProcessPoolExecutor(args.jobs, context, _start_worker, (threads, context.Value("i", 0))) as pool:
         names = {pool.submit(collect_one, config, run): run.name for run in todo}
-        for done in bar(futures.as_completed(names)):
-            if error := done.exception():
-                failures[names[done]] = error
+        try:
+            for done in bar(futures.as_completed(names)):
+                if error := done.exception():
+                    failures[names[done]] = error
+        except KeyboardInterrupt:  # the pool would finish all
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
     _raise(failures, len(todo))
 
 
