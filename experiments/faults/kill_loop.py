@@ -97,15 +97,16 @@ def disturb(folder: pathlib.Path, name: str, kills: int, seconds: float, rng: ra
         if writing := kills % 2:
             while process.poll() is None and not any(WRITES.get(name, "") in p for p, _ in temporaries(folder / ROOT) - before):
                 time.sleep(0.001)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=rng.choice((0, rng.uniform(0, MOMENT))) if writing else rng.uniform(0, seconds))
-            finish(process)
-            shutil.rmtree(folder / STATIONS[name][1])  # nothing left to kill: do it again
-        except subprocess.TimeoutExpired:
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             kills -= 1
             amid += bool(temporaries(folder / ROOT) - before)
+        else:
+            finish(process)
+            shutil.rmtree(folder / STATIONS[name][1])  # nothing left to kill: do it again
         check_visible(folder / ROOT)
     meshes.append(rng.choice(MESHES))
     finish(start(folder, name, meshes[-1]))
