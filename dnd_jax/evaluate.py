@@ -243,6 +243,7 @@ def _sum(seconds: Sequence[float | None], of: int = 1) -> float | None:
 def define_flags() -> None:
     cli.define_config(required=False)
     flags.DEFINE_string("workdir", None, "Folder of a training run.")
+    flags.DEFINE_bool("despite_findings", False, "Go on whatever the audit finds, and report it.")
     score.define_flags()
 
 
@@ -251,14 +252,14 @@ def main(args: Any) -> None:
         return score.main(args)
     if args.config is None or args.workdir is None:
         raise InputError("command line: expected --config and --workdir, for the ladder, or --base and --data, for one file")
-    return climb(args.config, pathlib.Path(args.workdir))
+    return climb(args.config, pathlib.Path(args.workdir), args.despite_findings)
 
 
-def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Ask for every rung on the test tasks and write the report."""
+def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path, despite_findings: bool = False) -> None:
+    """Ask for every rung on the test tasks and write the report; raise InputError at what the audit finds, or else report it."""
     ev = Evaluation(config, workdir)
     found = audit({task.name: ev.rows["test"][task.name] for task in (*ev.test, *ev.validation)}, ev.rows["train"])
-    if found["findings"]:
+    if found["findings"] and not despite_findings:
         raise InputError(f"{config.tasks}: {'; '.join(found['findings'])}")
     result = report.summarise(*ask_all(ev), [task.name for task in ev.test])
     result |= {"form": ev.store.manifest.get("form", "prompt"), "harm": harms(ev), "cost": cost(ev, workdir), "audit": found,

@@ -88,6 +88,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"left out, as no validation tasks are there to choose on: {', '.join(left_out)}")
     if (form := result.get("form", "prompt")) != "prompt":
         lines.append(f"conditions of form {form!r}: DnD and the rungs by similarity see responses of the test tasks")
+    lines += [f"finding of the audit: {finding}" for finding in result["audit"].get("findings", ())]
     return "\n".join([*lines, "", _labels_line([result["audit"]["tasks"][name] for name in result["rungs"]["dnd"]["per_task"]]),
                       *harm.lines(result["harm"]), _cost_line(result["cost"]), result["verdict"]])
 

@@ -23,7 +23,8 @@ from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
 
-def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], workdir: str, jobs: int) -> list[list[str]]:
+def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], workdir: str, jobs: int,
+             despite_findings: bool = False) -> list[list[str]]:
     """Return the command line of every station after the audit, without `python -m`."""
     tasks = read_tasks(config.tasks)
     store = pathlib.Path(config.export.store)
@@ -31,7 +32,7 @@ def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], work
                   f"--out={workdir}/generated/{task.name}"] for task in tasks if task.split == "test"]
     return [["data_pipeline.collect", *with_config, f"--jobs={jobs}"], ["data_pipeline.export", *with_config],
             ["dnd_jax.train", *with_config, f"--workdir={workdir}"], *generated,
-            ["dnd_jax.evaluate", *with_config, f"--workdir={workdir}"]]
+            ["dnd_jax.evaluate", *with_config, f"--workdir={workdir}", *["--despite_findings"] * despite_findings]]
 
 
 def run(command: Sequence[str]) -> int:
@@ -44,7 +45,7 @@ def define_flags() -> None:
     cli.define_config()
     flags.DEFINE_string("workdir", None, required=True, help="Folder of the training run, and of what is generated.")
     flags.DEFINE_integer("jobs", 1, "Tasks collected at once, each in its own process and on a GPU of its own.", lower_bound=1)
-    flags.DEFINE_bool("despite_findings", False, "Go on whatever the audit finds.")
+    flags.DEFINE_bool("despite_findings", False, "Go on whatever the audit finds; the report says it.")
 
 
 def main(args: Any) -> None:
@@ -55,7 +56,7 @@ def main(args: Any) -> None:
             kinds.check(kind)
         except InputError as error:
             raise InputError(f"config.evaluate.unrelated: {error}") from error
-    planned = stations(args.config, with_config, args.workdir, args.jobs)
+    planned = stations(args.config, with_config, args.workdir, args.jobs, args.despite_findings)
     if run(["data_pipeline.datasets", "audit", *with_config]) and not args.despite_findings:
         raise InputError(f"{with_config[0]}: see the audit's findings above; --despite_findings goes on all the same")
     for command in planned:

@@ -210,10 +210,11 @@ def test_one_command_of_a_paper_experiment_ends_with_its_ladder(tmp_path, monkey
         "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", *["dnd_jax.generate"] * 2, "dnd_jax.evaluate"]
     assert commands[3][2:] == ["--prompts=runs/common_sense/ARC-c/store/tasks/ARC-c/prompts.json", "--out=w/generated/ARC-c"]
     assert commands[-1] == ["dnd_jax.evaluate", "--config=c.py", "--workdir=w"]
+    assert run.stations(config, ["--config=c.py"], "w", 2, True)[-1] == [*commands[-1], "--despite_findings"]
 
 
 def test_a_ladder_without_validation_tasks_and_with_one_test_task(root, smoke, tmp_path):
-    """Rungs that choose are left out, and nothing is said about other tasks."""
+    """Rungs that choose are left out, nothing is said about other tasks, and what the audit finds is said."""
     store = shutil.copytree(root / "store", tmp_path / "store")
     manifest = json.loads((store / "manifest.json").read_text())
     keep = {"test": 1, "validation": 0}
@@ -223,7 +224,17 @@ def test_a_ladder_without_validation_tasks_and_with_one_test_task(root, smoke, t
     (store / "manifest.json").write_text(json.dumps(manifest))
     (store / pairs.SEAL).unlink()
     shutil.copytree(root / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report.*", "metrics.jsonl"))
-    done = run_module("dnd_jax.evaluate", CONFIG, f"--config.export.store={store}", f"--workdir={tmp_path}/run", cwd=smoke)
+    shutil.copytree(root / "datasets", tmp_path / "datasets")
+    shutil.copyfile(root / "tasks.json", tmp_path / "tasks.json")
+    (name,) = (name for name, entry in manifest["tasks"].items() if entry["split"] == "test")
+    path = tmp_path / "datasets" / f"{name}_test.json"
+    path.write_text(json.dumps([row | {"response": "one"} for row in json.loads(path.read_text())]))
+    command = ["dnd_jax.evaluate", CONFIG, f"--config.export.store={store}", f"--config.tasks={tmp_path}/tasks.json",
+               f"--workdir={tmp_path}/run"]
+    refused = run_module(*command, cwd=smoke, check=False)
+    assert refused.returncode == 1 and f"{name}: every one of" in refused.stderr
+    done = run_module(*command, "--despite_findings", cwd=smoke)
+    assert f"finding of the audit: {name}: every one of" in done.stdout
     assert "left out, as no validation tasks are there to choose on: best_single, weighted_topk, ridge" in done.stdout
     assert "One held-out task says nothing about others" in done.stdout and "training unknown" in done.stdout
     report = json.loads((tmp_path / "run" / "report.json").read_text())
