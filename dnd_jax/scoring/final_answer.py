@@ -41,7 +41,8 @@ def parse(text: str, *, whole: bool = False) -> list[Any]:
 
 def words(text: str) -> str:
     r"""Return a final answer in words, small, of which mathematics would make a product of letters: four of these or more."""
-    found = re.fullmatch(r"\s*(?:\\(?:text[a-z]*|mathrm)\{)?\s*([A-Za-z]{4,}(?:[ -][A-Za-z]+)*)\s*\}?\.?\s*", extract(text) or text)
+    pattern = r"\s*(?:\\(?:text[a-z]*|mathrm)\{)?\s*([A-Za-z]{4,}(?:[ -][A-Za-z]+)*)\s*\}?\.?\s*"
+    found = re.fullmatch(pattern, extract(text) or text)
     return found[1].lower() if found else ""
 
 
