@@ -13,8 +13,10 @@ is what costs). The signs and sums of either are part of the matrices:
     y = output_1 (output_2 Y), summed over the arrays
 
 F frequencies (three for each where Karatsuba's), R rows: the tiles of all examples, P = 1, or 2 for the real and the imaginary
-part. The channels come last around the product Y; a block is transposed twice, each time between the matrices of its two axes. A
-kernel goes through this in chunks of its output channels where its spectrum takes much memory.
+part. The channels come last around the product Y; a block is transposed twice, each time between the matrices of its two axes.
+
+A kernel goes through this in chunks of its output channels where its spectrum takes much memory, and, where no gradient follows,
+in groups of the first axis' frequencies where it takes more than a cache but that of one frequency doesn't.
 """
 
 import dataclasses
@@ -127,19 +129,35 @@ def _direct(x: Block, kernel: Kernel, axes: tuple[int, int, int]) -> Block:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _fourier(x: Float[Array, "B S1 _ _"], kernel: Kernel | Spectrum, plan: Plan, channels: int) -> Float[Array, "B S1 _ _"]:
-    spectrum = _input(x, plan, channels)
-
-    def part(w: list[jax.Array]) -> jax.Array:
-        return _output([_product("frk,fko->fro", spectrum, part) for part in w], plan, channels, x.dtype)
-
+    """Convolve where no gradient follows, which would want all of the spectrum again."""
     if isinstance(kernel, Spectrum):
-        return part(kernel.values)
-    zero = _late_zero(x)
-    return _joined(jax.lax.map(lambda w: part(_kernel(w, plan, zero)), _chunked(kernel, plan.chunks)), channels)
+        return _output(_multiply(_input(x, plan, channels), kernel.values), plan, channels, x.dtype)
+    return _by_frequencies(x, kernel, plan, channels) if plan.groups > 1 else _by_outputs(x, kernel, plan, channels)
+
+
+def _by_frequencies(x: jax.Array, kernel: Kernel, plan: Plan, channels: int) -> jax.Array:
+    """Convolve with a group of the first axis' frequencies after the other, each group's spectrum while it is in a cache."""
+    spectrum, zero = _input(x, plan, channels), _late_zero(x)
+    per_frequency = spectrum.reshape(plan.half, -1, *spectrum.shape[1:])
+    products = []
+    for group in np.array_split(np.arange(plan.half), plan.groups):
+        of = slice(group[0], group[-1] + 1)
+        products.append(_multiply(per_frequency[of].reshape(-1, *spectrum.shape[1:]), _kernel(kernel, plan, zero, of)))
+        zero = _late_zero(products[-1][-1])
+    return _output([jnp.concatenate(parts) for parts in zip(*products, strict=True)], plan, channels, x.dtype)
+
+
+def _by_outputs(x: jax.Array, kernel: Kernel, plan: Plan, channels: int) -> jax.Array:
+    spectrum, zero = _input(x, plan, channels), _late_zero(x)
+
+    def part(w: Kernel) -> jax.Array:
+        return _output(_multiply(spectrum, _kernel(w, plan, zero)), plan, channels, x.dtype)
+
+    return _joined(jax.lax.map(part, _chunked(kernel, plan.chunks)), channels)
 
 
 def _forward(x: jax.Array, kernel: Kernel, plan: Plan, channels: int) -> tuple[jax.Array, tuple[jax.Array, Kernel]]:
-    return _fourier(x, kernel, plan, channels), (x, kernel)
+    return _by_outputs(x, kernel, plan, channels), (x, kernel)
 
 
 def _backward(plan: Plan, channels: int, saved: tuple[jax.Array, Kernel], g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -186,7 +204,7 @@ def _late_zero(x: jax.Array) -> jax.Array:
     A kernel's transform needs only parameters. XLA on CPU therefore began with the transforms of all kernels of a decoder, which
     then were in memory together, and in no cache when they were used.
     """
-    first = x[0, 0, 0, 0]
+    first = x[(0,) * x.ndim]
     return (jnp.isnan(first) & jnp.isinf(first)).astype(jnp.float32)
 
 
@@ -201,6 +219,10 @@ def _linear(matrix: np.ndarray, x: jax.Array, zero: jax.Array | float = 0.0) -> 
     multiply = jax.custom_vjp(lambda x: times(matrix + zero, x))
     multiply.defvjp(lambda x: (times(matrix + zero, x), None), lambda _, g: (times(transposed, g),))
     return multiply(x)
+
+
+def _multiply(spectrum: jax.Array, kernel: list[jax.Array]) -> list[jax.Array]:
+    return [_product("frk,fko->fro", spectrum, part) for part in kernel]
 
 
 def _product(letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -221,14 +243,15 @@ def _input(x: jax.Array, plan: Plan, channels: int) -> jax.Array:
     return _linear(m.input_2, tiles).astype(x.dtype).reshape(-1, plan.parts * plan.rows, x.shape[channels])
 
 
-def _kernel(kernel: Kernel, plan: Plan, zero: jax.Array | float = 0.0) -> list[jax.Array]:
-    """Return the spectra `[F, I, O]` of a kernel, of its dtype; taps that never meet the plane are left out. A `_late_zero` says
-    when."""
+def _kernel(kernel: Kernel, plan: Plan, zero: jax.Array | float = 0.0, of: slice = slice(None)) -> list[jax.Array]:
+    """Return the spectra `[F, I, O]` of a kernel, of its dtype, or those of some of the first axis' frequencies; taps that never
+    meet the plane are left out. A `_late_zero` says when."""
     a, b, m = plan.first, plan.second, matrices(plan)
     low = (kernel.shape[0] - 1) // 2
     taps = kernel[low - a.low:low + a.high + 1, low - b.low:low + b.high + 1].astype(jnp.float32)
-    half = _linear(m.kernel_1, taps.reshape(a.taps, -1), zero).reshape(plan.half, 2 * b.taps, -1)
-    return [_linear(matrix, half).astype(kernel.dtype).reshape(-1, *kernel.shape[2:]) for matrix in m.kernel_2]
+    kernel_1 = m.kernel_1.reshape(plan.half, -1, a.taps)[of].reshape(-1, a.taps)
+    half = _linear(kernel_1, taps.reshape(a.taps, -1), zero).reshape(len(kernel_1) // 2, 2 * b.taps, -1)
+    return [_linear(matrix[of], half).astype(kernel.dtype).reshape(-1, *kernel.shape[2:]) for matrix in m.kernel_2]
 
 
 def _output(products: list[jax.Array], plan: Plan, channels: int, dtype: jnp.dtype) -> jax.Array:

@@ -16,6 +16,7 @@ OVERHEAD = 200_000.0  # of the many small steps of the Fourier form, ns
 BYTES = 8.0  # of kernels and their spectra to and from memory, GB/s
 TILE_BYTES = 2.1  # of tiles and theirs, which are cut and transposed on the way
 MEMORY = 1 << 30  # bytes of a kernel's spectrum at once
+CACHE = 8 << 20  # bytes of a kernel's transform, half-way and all the way, that stay in a cache until they are used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A Fourier form: two axes, those of the plane swapped or not, three products or four, output channels in chunks."""
+    """A Fourier form: two axes, those of the plane swapped or not, three products or four, output channels in chunks, the first
+    axis' frequencies in groups."""
 
     batch: int
     first: Axis
@@ -49,6 +51,7 @@ class Plan:
     karatsuba: bool
     swapped: bool = False
     chunks: int = 1
+    groups: int = 1
 
     @property
     def half(self) -> int:
@@ -96,7 +99,7 @@ def make_plan(batch: int, size_1: int, size_2: int, channels: int, out: int, tap
                     plan = Plan(batch, first, second, karatsuba, swapped)
                     if (cost := _cost(plan, channels, out)) < best_cost:
                         best, best_cost = plan, cost
-    return best and _chunk(best, channels, out)
+    return best and _divide(best, channels, out)
 
 
 def _cost(plan: Plan, channels: int, out: int) -> float:
@@ -133,8 +136,11 @@ def _output_cost(plan: Plan) -> float:
     return 2 * (spectra * 2 * b.step + half * a.step) / FLOPS + 4 * numbers / TILE_BYTES
 
 
-def _chunk(plan: Plan, channels: int, out: int) -> Plan:
-    """Return the plan with chunks of output channels for a kernel's spectrum to stay in a moderate memory."""
+def _divide(plan: Plan, channels: int, out: int) -> Plan:
+    """Return the plan with chunks of output channels for a kernel's spectrum to stay in a moderate memory, and with groups of
+    frequencies for its transform to stay in a cache, if that of one frequency does."""
     spectrum = 4 * plan.spectrum * channels * out
+    transform = spectrum + 4 * 2 * plan.half * plan.second.taps * channels * out
     chunks = next(n for n in range(1, out + 1) if out % n == 0 and (spectrum <= n * MEMORY or n == out))
-    return dataclasses.replace(plan, chunks=chunks)
+    groups = -(-transform // CACHE) if transform <= plan.half * CACHE else 1
+    return dataclasses.replace(plan, chunks=chunks, groups=groups)

@@ -1,5 +1,6 @@
 """The Fourier form of the plane convolution against the plain one."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -73,6 +74,17 @@ def test_equals_the_plain_convolution(rng, case):
         assert actual.shape == expected.shape and relative(actual, expected) < 1e-6, name
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_frequencies_in_groups_give_the_same(rng, case):
+    """That is how it goes where no gradient follows: in two groups, of which one may be larger, and each frequency by itself."""
+    plane, k, *cuts = CASES[case]
+    plan = make_plan(plane, k, *cuts)
+    x, kernel, _ = operands(rng, plane, k)
+    for groups in {min(2, plan.half), plan.half}:
+        convolve = functools.partial(fourier_conv._planned, axes=(1, 2, 3), plan=dataclasses.replace(plan, groups=groups))
+        assert relative(jax.jit(convolve)(x, kernel), exact(x, kernel)) < 6e-7, groups
+
+
 @pytest.mark.parametrize("spec", ["BNLC,LN->BNLD", "BNLC,NC->BNMC", "BNMC,MN->BNMD", "BNMD,MD->BOMD"])
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_planes_anywhere_in_a_block(rng, spec, chunks):
@@ -118,9 +130,13 @@ def test_form_follows_the_shapes():
     plan = fourier_plan.make_plan(1, 18, 514, 2048, 2464, 11)
     assert plan is not None and plan.chunks > 1 and 2464 % plan.chunks == 0
     plan = fourier_plan.make_plan(1, 48, 16, 32, 16, 9)
-    assert plan is not None and plan.swapped
+    assert plan is not None and plan.swapped and plan.groups == 1
     plan = fourier_plan.make_plan(1, 8, 8, 4, 6, 9)
     assert plan is None or plan.parts * plan.rows >= fourier_plan.TINY, "XLA has slow code for products as small as that"
+    plan = fourier_plan.make_plan(1, 10, 34, 128, 256, 9)
+    assert plan is not None and 1 < plan.groups <= plan.half, "its transform is larger than a cache, that of one frequency isn't"
+    plan = fourier_plan.make_plan(1, 10, 200, 512, 512, 9)
+    assert plan is not None and plan.groups == 1, "not even one frequency's fits"
     last = fourier_conv._plan(jnp.zeros((1, 32, 48, 16)), jnp.zeros((9, 9, 32, 16)), plane_axes("BNMD,MD->BOMD"))
     assert last is not None and not last.swapped, "the last axis of a block is transformed first"
 
@@ -137,6 +153,18 @@ def test_few_kernels_transforms_are_in_memory_together(rng):
     spectrum = jax.eval_shape(lambda w: fourier_conv.prepare(w, x, (1, 2, 3)), kernels[0])
     size = sum(array.size * array.dtype.itemsize for array in spectrum.values)
     assert jax.jit(chain).lower(x, kernels).compile().memory_analysis().temp_size_in_bytes < 4 * size
+
+
+def test_one_groups_transform_is_in_memory_at_a_time():
+    x, kernel, axes = jnp.zeros((1, 128, 10, 34)), jnp.zeros((9, 9, 128, 256)), (2, 3, 1)
+    spectrum = jax.eval_shape(lambda w: fourier_conv.prepare(w, x, axes), kernel)
+    size = sum(array.size * array.dtype.itemsize for array in spectrum.values)
+
+    def temporaries(f):
+        return jax.jit(f).lower(x, kernel).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(lambda x, w: fourier_conv.convolve(x, w, axes)) < size
+    assert temporaries(jax.grad(lambda x, w: jnp.sin(fourier_conv.convolve(x, w, axes)).sum())) > size, "gradients want all"
 
 
 def test_an_example_that_is_not_finite_spoils_no_other(rng):
