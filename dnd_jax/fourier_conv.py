@@ -16,7 +16,7 @@ F frequencies (three for each where Karatsuba's), R rows: the tiles of all examp
 part. The channels come last around the product Y; a block is transposed twice, each time between the matrices of its two axes.
 
 A kernel goes through this in chunks of its output channels where its spectrum takes much memory, and, where no gradient follows,
-in groups of the first axis' frequencies where it takes more than a cache but that of one frequency doesn't.
+in bands of the first axis' frequencies where it takes more than a cache but that of one frequency doesn't.
 """
 
 import dataclasses
@@ -132,16 +132,16 @@ def _fourier(x: Float[Array, "B S1 _ _"], kernel: Kernel | Spectrum, plan: Plan,
     """Convolve where no gradient follows, which would want all of the spectrum again."""
     if isinstance(kernel, Spectrum):
         return _output(_multiply(_input(x, plan, channels), kernel.values), plan, channels, x.dtype)
-    return _by_frequencies(x, kernel, plan, channels) if plan.groups > 1 else _by_outputs(x, kernel, plan, channels)
+    return _by_frequencies(x, kernel, plan, channels) if plan.bands > 1 else _by_outputs(x, kernel, plan, channels)
 
 
 def _by_frequencies(x: jax.Array, kernel: Kernel, plan: Plan, channels: int) -> jax.Array:
-    """Convolve with a group of the first axis' frequencies after the other, each group's spectrum while it is in a cache."""
+    """Convolve with one band of the first axis' frequencies after the other, each band's spectrum while it is in a cache."""
     spectrum, zero = _input(x, plan, channels), _late_zero(x)
     per_frequency = spectrum.reshape(plan.half, -1, *spectrum.shape[1:])
     products = []
-    for group in np.array_split(np.arange(plan.half), plan.groups):
-        of = slice(group[0], group[-1] + 1)
+    for band in np.array_split(np.arange(plan.half), plan.bands):
+        of = slice(band[0], band[-1] + 1)
         products.append(_multiply(per_frequency[of].reshape(-1, *spectrum.shape[1:]), _kernel(kernel, plan, zero, of)))
         zero = _late_zero(products[-1][-1])
     return _output([jnp.concatenate(parts) for parts in zip(*products, strict=True)], plan, channels, x.dtype)

@@ -43,7 +43,7 @@ class Axis:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A Fourier form: two axes, those of the plane swapped or not, three products or four, output channels in chunks, the first
-    axis' frequencies in groups."""
+    axis' frequencies in bands."""
 
     batch: int
     first: Axis
@@ -51,7 +51,7 @@ class Plan:
     karatsuba: bool
     swapped: bool = False
     chunks: int = 1
-    groups: int = 1
+    bands: int = 1
 
     @property
     def half(self) -> int:
@@ -137,10 +137,10 @@ def _output_cost(plan: Plan) -> float:
 
 
 def _divide(plan: Plan, channels: int, out: int) -> Plan:
-    """Return the plan with chunks of output channels for a kernel's spectrum to stay in a moderate memory, and with groups of
+    """Return the plan with chunks of output channels for a kernel's spectrum to stay in a moderate memory, and with bands of
     frequencies for its transform to stay in a cache, if that of one frequency does."""
     spectrum = 4 * plan.spectrum * channels * out
     transform = spectrum + 4 * 2 * plan.half * plan.second.taps * channels * out
     chunks = next(n for n in range(1, out + 1) if out % n == 0 and (spectrum <= n * MEMORY or n == out))
-    groups = -(-transform // CACHE) if transform <= plan.half * CACHE else 1
-    return dataclasses.replace(plan, chunks=chunks, groups=groups)
+    bands = -(-transform // CACHE) if transform <= plan.half * CACHE else 1
+    return dataclasses.replace(plan, chunks=chunks, bands=bands)

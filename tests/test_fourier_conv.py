@@ -75,14 +75,14 @@ def test_equals_the_plain_convolution(rng, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_frequencies_in_groups_give_the_same(rng, case):
-    """That is how it goes where no gradient follows: in two groups, of which one may be larger, and each frequency by itself."""
+def test_frequencies_in_bands_give_the_same(rng, case):
+    """That is how it goes where no gradient follows: in two bands, of which one may be larger, and each frequency by itself."""
     plane, k, *cuts = CASES[case]
     plan = make_plan(plane, k, *cuts)
     x, kernel, _ = operands(rng, plane, k)
-    for groups in {min(2, plan.half), plan.half}:
-        convolve = functools.partial(fourier_conv._planned, axes=(1, 2, 3), plan=dataclasses.replace(plan, groups=groups))
-        assert relative(jax.jit(convolve)(x, kernel), exact(x, kernel)) < 6e-7, groups
+    for bands in {min(2, plan.half), plan.half}:
+        convolve = functools.partial(fourier_conv._planned, axes=(1, 2, 3), plan=dataclasses.replace(plan, bands=bands))
+        assert relative(jax.jit(convolve)(x, kernel), exact(x, kernel)) < 6e-7, bands
 
 
 @pytest.mark.parametrize("spec", ["BNLC,LN->BNLD", "BNLC,NC->BNMC", "BNMC,MN->BNMD", "BNMD,MD->BOMD"])
@@ -130,13 +130,13 @@ def test_form_follows_the_shapes():
     plan = fourier_plan.make_plan(1, 18, 514, 2048, 2464, 11)
     assert plan is not None and plan.chunks > 1 and 2464 % plan.chunks == 0
     plan = fourier_plan.make_plan(1, 48, 16, 32, 16, 9)
-    assert plan is not None and plan.swapped and plan.groups == 1
+    assert plan is not None and plan.swapped and plan.bands == 1
     plan = fourier_plan.make_plan(1, 8, 8, 4, 6, 9)
     assert plan is None or plan.parts * plan.rows >= fourier_plan.TINY, "XLA has slow code for products as small as that"
     plan = fourier_plan.make_plan(1, 10, 34, 128, 256, 9)
-    assert plan is not None and 1 < plan.groups <= plan.half, "its transform is larger than a cache, that of one frequency isn't"
+    assert plan is not None and 1 < plan.bands <= plan.half, "its transform is larger than a cache, that of one frequency isn't"
     plan = fourier_plan.make_plan(1, 10, 200, 512, 512, 9)
-    assert plan is not None and plan.groups == 1, "not even one frequency's fits"
+    assert plan is not None and plan.bands == 1, "not even one frequency's fits"
     last = fourier_conv._plan(jnp.zeros((1, 32, 48, 16)), jnp.zeros((9, 9, 32, 16)), plane_axes("BNMD,MD->BOMD"))
     assert last is not None and not last.swapped, "the last axis of a block is transformed first"
 
@@ -155,7 +155,7 @@ def test_few_kernels_transforms_are_in_memory_together(rng):
     assert jax.jit(chain).lower(x, kernels).compile().memory_analysis().temp_size_in_bytes < 4 * size
 
 
-def test_one_groups_transform_is_in_memory_at_a_time():
+def test_one_bands_transform_is_in_memory_at_a_time():
     x, kernel, axes = jnp.zeros((1, 128, 10, 34)), jnp.zeros((9, 9, 128, 256)), (2, 3, 1)
     spectrum = jax.eval_shape(lambda w: fourier_conv.prepare(w, x, axes), kernel)
     size = sum(array.size * array.dtype.itemsize for array in spectrum.values)
