@@ -57,7 +57,7 @@ DECODERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 SLOW = ("k11",)  # at batch 1 only
 TOO_SLOW = 2  # times as long in bf16 as in float32, of a convolution in PyTorch
-AT_LEAST = 5.0  # seconds that the timings of one row go on
+AT_LEAST = 15.0  # seconds that the timings of one decoder's rows go on together
 SHORT = 2.0  # seconds of a call below which spinning and sleeping threads matter
 WARM = 0.05  # seconds of own calls before such a call is timed
 TAPS = {"k11": (11,)}
@@ -177,16 +177,20 @@ def measure(name: str, k: int, batch: int, cores: int, repeats: int, compilers: 
     cost = cost_of_bf16(k)
     if cost > TOO_SLOW:
         yours = {setting: calls for setting, calls in yours.items() if not setting.endswith("bf16")}
+    # All rows together: what disturbs the machine for some seconds falls on few timings of each.
+    calls = {("ours", what): call for what, call in mine.items()}
+    calls |= {(setting, what): its[what] for setting, its in yours.items() for what in ("forward", "step")}
+    seconds = interleaved(calls, repeats, AT_LEAST)
     rows = []
     for what in mine:
-        theirs_of = {setting: calls["step" if what == "step" else "forward"] for setting, calls in yours.items()}
-        seconds = interleaved({"ours": mine[what], **theirs_of}, repeats)
-        half = {s: t for s, t in seconds.items() if s.endswith("bf16")}
-        full = {s: t for s, t in seconds.items() if s != "ours" and s not in half}
+        own = seconds["ours", what]
+        times = {setting: seconds[setting, "step" if what == "step" else "forward"] for setting in yours}
+        half = {s: t for s, t in times.items() if s.endswith("bf16")}
+        full = {s: t for s, t in times.items() if s not in half}
         best, best_half = min(full, key=full.__getitem__), min(half, key=half.__getitem__, default=None)
-        rows.append({"decoder": name, "k": k, "batch": batch, "cores": cores, "what": what, "ratio": full[best] / seconds["ours"],
-                     "bf16_ratio": half[best_half] / seconds["ours"] if best_half else None, "best": best, "best_bf16": best_half,
-                     "bf16_cost": cost, "error": error, "ms": {s: round(1000 * t, 3) for s, t in seconds.items()}})
+        rows.append({"decoder": name, "k": k, "batch": batch, "cores": cores, "what": what, "ratio": full[best] / own,
+                     "bf16_ratio": half[best_half] / own if best_half else None, "best": best, "best_bf16": best_half,
+                     "bf16_cost": cost, "error": error, "ms": {s: round(1000 * t, 3) for s, t in {"ours": own, **times}.items()}})
     return rows
 
 
@@ -211,23 +215,24 @@ def cost_of_bf16(k: int) -> float:
     """Return how many times as long as in float32 PyTorch's convolution takes in bf16: 64 channels to 64 on 16 x 16."""
     import torch
 
-    def seconds(dtype: Any) -> float:
+    def convolution(dtype: Any) -> Callable[[], Any]:
         x, kernel = torch.ones(1, 64, 16, 16, dtype=dtype), torch.ones(64, 64, k, k, dtype=dtype)
-        return interleaved({"convolution": lambda: torch.nn.functional.conv2d(x, kernel, padding="same")}, 3)["convolution"]
+        return lambda: torch.nn.functional.conv2d(x, kernel, padding="same")
 
-    return seconds(torch.bfloat16) / seconds(torch.float32)
+    seconds = interleaved({dtype: convolution(dtype) for dtype in (torch.bfloat16, torch.float32)}, 3)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved(calls: dict[Any, Callable[[], Any]], repeats: int, at_least: float = 0.0) -> dict[Any, float]:
     """Return median seconds of each, taken in turns, after a call to compile and one to get its memory: of `repeats` timings, and
-    more where these take less than AT_LEAST together, for the first of a process can take three times as long as the others.
+    more where these take less than `at_least` seconds together, for the first can take three times as long as the others.
 
     A short call is timed right after others of its own, as in a loop: threads of others (PyTorch's) spin on for a while, those
     of this one have gone to sleep, and the caches are theirs.
     """
     times = {name: [seconds_of(call)] for name, call in calls.items()}
     began, rounds = time.perf_counter(), 0
-    while rounds < 1 + repeats or time.perf_counter() - began < AT_LEAST:
+    while rounds < 1 + repeats or time.perf_counter() - began < at_least:
         rounds += 1
         for name, call in calls.items():
             if times[name][-1] < SHORT:
