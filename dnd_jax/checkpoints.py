@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from dnd_jax import checkpoint_folders as folders
@@ -54,30 +53,35 @@ class Checkpointer:
     def restore(self, like: Any) -> Any | None:
         """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
 
-        A checkpoint whose bytes have changed is set aside, and standard output says so; and so is, of a process alone, one that
-        can't be loaded and whose writer was killed before it recorded the hashes.
+        A checkpoint whose bytes have changed is set aside, and standard output says so. One whose writer was killed before it
+        recorded the hashes is first read by every process, and set aside if one of them can't.
 
         Raises:
           InputError: a sound checkpoint with parameters of other names or shapes.
           OSError: a checkpoint that can't be read or loaded, although its bytes are those written, for want of memory or as
             it holds another state. Nothing is set aside then. Of several processes the others, which wait for it, end too.
         """
+        while (path := self._newest()) and not distributed.agreed((path / checksums.NAME).exists()):
+            fault = _fault_in_loading(path)
+            if (where := distributed.first_with(fault is not None)) is None:
+                distributed.by_first(functools.partial(checksums.write, path))
+                break
+            distributed.by_first(functools.partial(folders.set_aside, path, fault or f"process {where} can't read it"))
+        if path is None:
+            return None
+        try:
+            check_shapes(path, _shapes(path), like["params"] if isinstance(like, dict) else like.params)
+            return ocp.load_checkpointables(path, {"state": like})["state"]
+        except InputError:
+            raise
+        except Exception as error:
+            raise OSError(f"{path}: process {jax.process_index()} can't load it: {error}") from error
+
+    def _newest(self) -> pathlib.Path | None:
+        """Return the newest checkpoint that is not known to be damaged, once those that are have been set aside."""
         distributed.by_first(functools.partial(folders.set_changed_aside, self._folder))
-        while (step := distributed.agreed(max((int(path.name) for path in folders.steps(self._folder)), default=-1))) >= 0:
-            path = self._folder / str(step)
-            try:
-                check_shapes(path, _shapes(path), like["params"] if isinstance(like, dict) else like.params)
-                state = ocp.load_checkpointables(path, {"state": like})["state"]
-            except InputError:
-                raise
-            except Exception as error:  # what damage raises, and where, is not documented
-                if _surely_sound(path, error) or jax.process_count() > 1:
-                    raise OSError(f"{path}: process {jax.process_index()} can't load it: {error}") from error
-                folders.set_aside(path, str(error))
-                continue
-            distributed.by_first(functools.partial(_record, path))
-            return state
-        return None
+        step = distributed.agreed(max((int(path.name) for path in folders.steps(self._folder)), default=-1))
+        return self._folder / str(step) if step >= 0 else None
 
     def last_good(self) -> str:
         """Return the newest checkpoint on disk, in words."""
@@ -138,10 +142,8 @@ class Checkpointer:
 
     def failed(self) -> bool:
         """Tell whether the latest save has failed by now, in any process; the same answer in all of them."""
-        if jax.process_count() > 1:
-            failed = multihost_utils.process_allgather(np.array(self.failure is not None))
-            if failed.any():
-                self._fail(f"process {np.argmax(failed)} of {len(failed)} could not write its part")
+        if (where := distributed.first_with(self.failure is not None)) is not None:
+            self._fail(f"process {where} of {jax.process_count()} could not write its part")
         return self.failure is not None
 
     def wait(self) -> None:
@@ -208,10 +210,29 @@ def _surely_sound(path: pathlib.Path, error: Exception) -> bool:
     return (path / checksums.NAME).exists() or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _record(path: pathlib.Path) -> None:
-    """Record the hashes of a checkpoint whose writer was killed before it could."""
-    if not (path / checksums.NAME).exists():
-        checksums.write(path)
+def _fault_in_loading(path: pathlib.Path) -> str | None:
+    """Return what keeps this process from reading all of a checkpoint's state, one array at a time, into its memory.
+
+    All processes must ask, for Orbax counts its calls, and go through all arrays.
+    """
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here))
+    try:
+        arrays, tree = jax.tree.flatten(_metadata(path))
+    except Exception as error:  # what damage raises, and where, is not documented
+        return str(error)
+    fault = None if arrays else "its metadata list no array"
+    for i, array in enumerate(arrays):
+        like = [ocp.PLACEHOLDER] * len(arrays)
+        like[i] = np.empty(array.shape, array.dtype)
+        try:
+            with ocp.Context(multiprocessing_options=alone):
+                ocp.load(path, jax.tree.unflatten(tree, like), checkpointable_name="state")
+        except Exception as error:
+            if _surely_sound(path, error):
+                raise OSError(f"{path}: process {here} can't load it: {error}") from error
+            fault = fault or str(error)
+    return fault
 
 
 def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict[str, float]]:
@@ -262,8 +283,12 @@ def check_shapes(source: files.PathLike, found: Params, wanted: Params) -> None:
                              "use the version of dnd_jax that wrote it, or another workdir")
 
 
+def _metadata(path: pathlib.Path) -> Any:
+    return ocp.metadata(path, checkpointable_name="state").metadata
+
+
 def _shapes(path: pathlib.Path) -> Any:
-    return ocp.metadata(path, checkpointable_name="state").metadata["params"]
+    return _metadata(path)["params"]
 
 
 def _load_params(path: pathlib.Path) -> Params:

@@ -90,6 +90,12 @@ def agreed(number: int) -> int:
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def first_with(flag: bool) -> int | None:
+    """Return the first process in which a flag is set, the same answer in all of them."""
+    flags = np.atleast_1d(multihost_utils.process_allgather(np.array(flag)) if jax.process_count() > 1 else flag)
+    return int(np.argmax(flags)) if flags.any() else None
+
+
 def by_first(action: Callable[[], None]) -> None:
     """Run an action in the first process, while the others wait until it is done."""
     if is_first():

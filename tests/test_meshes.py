@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_store, read_log, tiny_config, train_command, without_times
 
-from dnd_jax import pairs, train
+from dnd_jax import checksums, pairs, train
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +109,27 @@ def train_by_two(store, workdir):
     return said
 
 
-def test_two_processes_go_on_exactly_where_they_were_before_a_damaged_checkpoint(tmp_path, on_one_device):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_two_processes_go_on_exactly_where_they_were_before_a_damaged_checkpoint(tmp_path, on_one_device, recorded):
+    """Also if its writer was killed before it recorded the hashes; a sound one is taken, and they are recorded then."""
     store, _, log = on_one_device
+    newest = tmp_path / "run" / "checkpoints" / "6"
     train_by_two(store, tmp_path / "run")
     whole = without_times(tmp_path / "run")
-    state = [path for path in (tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*") if path.is_file()]
-    damaged = max(state, key=lambda path: path.stat().st_size)
-    data = damaged.read_bytes()
-    damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    state = [path for path in (newest / "state").rglob("*") if path.is_file()]
+    if recorded:
+        damaged = max(state, key=lambda path: path.stat().st_size)
+        data = damaged.read_bytes()
+        damaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        hashes = (newest / checksums.NAME).read_bytes()
+        (newest / checksums.NAME).unlink()
+        (out, _), _ = train_by_two(store, tmp_path / "run")
+        assert "damaged" not in out and (newest / checksums.NAME).read_bytes() == hashes
+        (newest / checksums.NAME).unlink()
+        for path in state:  # not all of it is read again: some is of one process only
+            os.truncate(path, path.stat().st_size // 2)
     (out, _), _ = train_by_two(store, tmp_path / "run")
-    assert "checkpoints/6: damaged" in out and (tmp_path / "run" / "checkpoints" / "6.damaged").is_dir()
+    assert "checkpoints/6: damaged" in out and newest.with_name("6.damaged").is_dir()
     assert without_times(tmp_path / "run") == whole
     assert_same_losses(log, whole)
