@@ -54,19 +54,23 @@ class Checkpointer:
         """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
 
         A checkpoint whose bytes have changed is set aside, and standard output says so. One whose writer was killed before it
-        recorded the hashes is first read by every process, and set aside if one of them can't.
+        recorded the hashes is first read by every process, and set aside if none of them can.
 
         Raises:
           InputError: a sound checkpoint with parameters of other names or shapes.
           OSError: a checkpoint that can't be read or loaded, although its bytes are those written, for want of memory or as
-            it holds another state. Nothing is set aside then. Of several processes the others, which wait for it, end too.
+            it holds another state, or one without hashes that some processes can read and some can't, whose views of a shared
+            file system may differ for a while. Nothing is set aside then. Of several processes the others end too.
         """
         while (path := self._newest()) and not distributed.agreed((path / checksums.NAME).exists()):
             fault = _fault_in_loading(path)
-            if (where := distributed.first_with(fault is not None)) is None:
+            failing, reading = distributed.first_with(fault is not None), distributed.first_with(fault is None)
+            if failing is None:
                 distributed.by_first(functools.partial(checksums.write, path))
                 break
-            distributed.by_first(functools.partial(folders.set_aside, path, fault or f"process {where} can't read it"))
+            if reading is not None:
+                raise OSError(f"{path}: process {failing} can't load it, process {reading} can: {fault or 'it says why'}")
+            distributed.by_first(functools.partial(folders.set_aside, path, str(fault)))
         if path is None:
             return None
         try:

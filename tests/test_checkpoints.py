@@ -91,6 +91,16 @@ def test_what_keeps_a_sound_checkpoint_from_loading_ends_the_run_there(folder, m
     assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
 
 
+def test_what_only_some_processes_can_read_ends_the_run_and_is_left_as_it_is(folder, monkeypatch):
+    (folder / "3" / checksums.NAME).unlink()
+    checkpointer = checkpoints.Checkpointer(folder, ABOUT)
+    monkeypatch.setattr(checkpoints.ocp, "load", fails(ValueError("no such file")))
+    monkeypatch.setattr(checkpoints.distributed, "first_with", lambda flag: 0 if flag else 1)  # process 1 has read it
+    with pytest.raises(OSError, match="checkpoints/3: process 0 can't load it, process 1 can: no such file"):
+        checkpointer.restore(state_of(0))
+    assert (folder / "3").is_dir() and not list(folder.glob("*.damaged")) and not (folder / "3" / checksums.NAME).exists()
+
+
 def test_a_checkpoint_of_another_state_is_left_as_it_is(folder):
     with pytest.raises(OSError, match=r"checkpoints/3: process 0 can't load it: (?s:.*)more"):
         checkpoints.Checkpointer(folder, ABOUT).restore({**state_of(0), "more": jnp.zeros(1)})
