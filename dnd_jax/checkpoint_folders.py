@@ -4,22 +4,43 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 from dnd_jax import checksums, files
 
 METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"
 
 
-def merit(metrics: dict[str, float] | None) -> float:
-    """Return what the best checkpoint has most of; without validation tasks all are alike, and the latest is taken."""
-    loss = (metrics or {}).get("validation_loss")
-    return -loss if isinstance(loss, int | float) else -math.inf
-
-
 def steps(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the committed checkpoints in order of their steps; empty folders and those set aside are none."""
     found = [path.parent for path in folder.glob(f"[0-9]*/{METADATA}") if path.parent.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name))
+
+
+def best_first(paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, dict[str, float]]:
+    """Return checkpoints, the best on the validation tasks first, with their metrics; of equals the latest is first."""
+    metrics = {path: metrics_of(path) or {} for path in paths}
+
+    def merit(path: pathlib.Path) -> tuple[float, int]:
+        loss = metrics[path].get("validation_loss")
+        return -loss if isinstance(loss, int | float) else -math.inf, int(path.name)
+
+    return {path: metrics[path] for path in sorted(paths, key=merit, reverse=True)}
+
+
+def prune(folder: pathlib.Path, last: int, every: int) -> None:
+    """Remove all checkpoints but the last `last`, the best, and, if `every` is set, those of steps that it divides.
+
+    Each loses its name first: Orbax removes file by file, and a kill would leave half a checkpoint under that name.
+    """
+    paths = steps(folder)
+    best = next(iter(best_first(paths)), None)
+    removed = folder / ".removed"
+    for path in paths[:-last]:
+        if path != best and not (every and int(path.name) % every == 0):
+            shutil.rmtree(removed, ignore_errors=True)  # after a kill
+            path.rename(removed)
+            shutil.rmtree(removed)
 
 
 def tidy(folder: pathlib.Path) -> None:

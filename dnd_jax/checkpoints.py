@@ -41,9 +41,7 @@ class Checkpointer:
         _own_log().addHandler(self._listener)
         self._folder = pathlib.Path(folder).resolve()
         self._about = about
-        policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(last), policies.BestN(get_metric_fn=folders.merit, n=1)]
-        self._keep = policies.AnyPreservationPolicy([*keep, policies.EveryNSteps(every)] if every else keep)
+        self._keep = {"last": last, "every": every}
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._watcher: threading.Thread | None = None
         self._step = -1
@@ -114,7 +112,7 @@ class Checkpointer:
         with ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_S)):
             return ocp.training.Checkpointer(
                 self._folder, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=self._keep, cleanup_tmp_directories=True)
+                cleanup_tmp_directories=True)
 
     def _hear(self, error: BaseException) -> None:
         """Hear at once of a failed write: before Orbax raises the error, this process waits for those that could write."""
@@ -122,7 +120,7 @@ class Checkpointer:
             self._fail(error)
 
     def _watch(self, step: int, response: Any) -> None:
-        """Wait until a checkpoint is committed, then record its hashes; a kill in between costs the hashes only."""
+        """Wait until a checkpoint is committed, then record its hashes and prune; a kill in between costs the hashes only."""
         try:
             response.result()
         except Exception as error:
@@ -132,11 +130,16 @@ class Checkpointer:
         if not (path / folders.METADATA).is_file():
             self._fail(f"no {folders.METADATA} there after saving")
             return
+        if not distributed.is_first():
+            return
         try:
-            if distributed.is_first():
-                checksums.write(path)
+            checksums.write(path)
         except OSError as error:  # as after a kill, damage is then noticed only where it keeps Orbax from loading
             print(f"\nwarning: {path} is written, but not its hashes: {error}", file=cli.Stderr(), flush=True)
+        try:
+            folders.prune(self._folder, **self._keep)
+        except OSError as error:
+            print(f"\nwarning: {path} is written, but older ones can't be removed: {error}", file=cli.Stderr(), flush=True)
 
     def _fail(self, error: BaseException | str) -> None:
         if self.failure is None:
@@ -248,9 +251,9 @@ def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict
       InputError: a folder without a sound checkpoint.
       OSError: a checkpoint that can't be read or loaded, although its bytes are those written.
     """
-    metrics = {path: folders.metrics_of(path) for path in folders.steps(pathlib.Path(folder).resolve())}
-    path, params = _first_sound(folder, sorted(metrics, key=lambda p: (folders.merit(metrics[p]), int(p.name)), reverse=True))
-    return int(path.name), params, ocp.checkpointables_metadata(path).custom_metadata, metrics[path] or {}
+    metrics = folders.best_first(folders.steps(pathlib.Path(folder).resolve()))
+    path, params = _first_sound(folder, list(metrics))
+    return int(path.name), params, ocp.checkpointables_metadata(path).custom_metadata, metrics[path]
 
 
 def load_latest(folder: files.PathLike) -> tuple[int, Params]:

@@ -174,6 +174,25 @@ def test_a_kill_between_commit_and_hashes_costs_neither(folder):
     assert int(restored(folder)["step"]) == 3 and (folder / "3" / checksums.NAME).read_text() == known
 
 
+def test_a_kill_while_pruning_leaves_no_half_of_a_checkpoint(folder, monkeypatch):
+    def killed(path, ignore_errors=False):
+        if path.exists():
+            largest(path).unlink()
+            raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folders.shutil, "rmtree", killed)
+        with pytest.raises(OSError, match="killed"):
+            checkpoint_folders.prune(folder, last=1, every=0)
+    assert [path.name for path in checkpoint_folders.steps(folder)] == ["1", "3"]
+    assert not any(checkpoint_folders.fault_of(path) for path in checkpoint_folders.steps(folder))
+    checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=1)
+    assert int(checkpointer.restore(state_of(0))["step"]) == 3
+    checkpointer.save(4, state_of(4), {"validation_loss": 0.5})
+    checkpointer.close()
+    assert {path.name for path in folder.iterdir()} == {"1", "4"}
+
+
 @contextlib.contextmanager
 def file_size_limit(folder):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_store, read_log, tiny_config, train_command, without_times
 
-from dnd_jax import checkpoint_folders, checkpoints, inputs, optimizers, pairs, sharding, train, validation, workdirs
+from dnd_jax import checkpoints, inputs, optimizers, pairs, sharding, train, validation, workdirs
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError
@@ -51,7 +51,7 @@ def test_log_and_checkpoints_say_what_happened(tmp_path, store):
     assert 0 < log[0]["norm_ratio"] < 10 and log[1]["validation_loss"] == log[1]["validation_loss/task3"]
     step, params, about, metrics = checkpoints.load_best(tmp_path / "run" / "checkpoints")
     validated = [entry for entry in log if "validation_loss" in entry]
-    best = max(validated, key=checkpoint_folders.merit)
+    best = min(reversed(validated), key=lambda entry: entry["validation_loss"])
     assert step == best["step"] and metrics["validation_loss"] == best["validation_loss"] and len(validated) == 3
     assert about["config"]["train"]["steps"] == 6 and about["features"][-1] == list(pairs.open_store(store).layout.shape)
     assert params["layers_0"]["norm"]["scale"].shape == (5, 4)
