@@ -28,7 +28,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import fine_tuning
-from dnd_jax import checksums, cli, files, images, prompts
+from dnd_jax import checksums, cli, files, folders, images, prompts
 from dnd_jax.jail.isolation import PARENT_DEATH
 from dnd_jax.sources import Source
 from dnd_jax.tasks import MULTI_TASK, read_tasks
@@ -115,7 +115,7 @@ def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: 
     if not examples:
         raise InputError(f"{run.name}: every prompt fills the cut-off, config.collect.max_length = {c.max_length} tokens")
     writes = accelerator is None or accelerator.is_main_process
-    with files.atomic_folder(pathlib.Path(c.out) / run.name, "run.json") if writes else contextlib.nullcontext() as folder:
+    with folders.atomic_folder(pathlib.Path(c.out) / run.name, "run.json") if writes else contextlib.nullcontext() as folder:
         losses = fine_tuning.fine_tune(
             model, examples, tokenizer.eos_token_id, c, config.seed, run.steps, run.checkpoints,
             lambda step: model.save_pretrained(folder / f"step_{step}") if folder else None, accelerator)

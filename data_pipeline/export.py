@@ -14,7 +14,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from data_pipeline import agreement, collect
-from dnd_jax import adapters, checksums, cli, encoders, files, pairs, prompts, tokens
+from dnd_jax import adapters, checksums, cli, encoders, files, folders, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.tasks import MULTI_TASK, read_tasks, step_folders
 from dnd_jax.tokens import Layout
@@ -87,7 +87,7 @@ def export(config: ml_collections.ConfigDict) -> None:
     trained = [task.name for task in tasks if task.split == "train"]
     if not trained:
         raise InputError(f"{config.tasks}: no task has the split 'train'; the decoder needs at least one to be trained on")
-    files.check_ours(config.export.store, "manifest.json")
+    folders.check_ours(config.export.store, "manifest.json")
     first = step_folders(runs / trained[0])[-1]
     reference_tree, reference = adapters.read(first)
     agreement.refuse_altered_base(reference, str(first))
@@ -96,7 +96,7 @@ def export(config: ml_collections.ConfigDict) -> None:
     base = check_runs(config)
     encoder = encoders.make(config.encoder)
     entries: dict[str, dict[str, Any]] = {}
-    with files.atomic_folder(config.export.store, "manifest.json") as folder:
+    with folders.atomic_folder(config.export.store, "manifest.json") as folder:
         weighed, specs, found = [], {}, []
         for task in tqdm(tasks, desc="export"):
             encoded, spec, differences = read_run(runs / task.name, change, reference, layout, str(first))
@@ -139,17 +139,17 @@ def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:
       InputError: names every run with another base or initial A, or of other data or settings than the config's.
     """
     runs = [run for run in collect.plan_runs(config) if run.name != MULTI_TASK]
-    folders = {run.name: pathlib.Path(config.collect.out) / run.name for run in runs}
-    records = {str(folder): files.read_json(folder / "run.json") for folder in folders.values()}
+    collected = {run.name: pathlib.Path(config.collect.out) / run.name for run in runs}
+    records = {str(folder): files.read_json(folder / "run.json") for folder in collected.values()}
     base = collect.base_identity(config.base)
     found = [f"{name}: collected on base {record['base']}, the config's is {base}"
              for name, record in records.items() if record["base"] != base]
     for run in runs:
-        known, wanted = records[str(folders[run.name])], collect.identity(config, run)
-        found += [f"{folders[run.name]}: {key} was {known[key]}, is now {wanted[key]}; collect it again"
+        known, wanted = records[str(collected[run.name])], collect.identity(config, run)
+        found += [f"{collected[run.name]}: {key} was {known[key]}, is now {wanted[key]}; collect it again"
                   for key in ("collect", "steps", "checkpoints") if key in known and known[key] != wanted[key]]
         if "files" in known and [*known["files"].values()] != [*wanted["files"].values()]:  # wherever they are
-            found.append(f"{folders[run.name]}: files were {known['files']}, are now {wanted['files']}; collect it again")
+            found.append(f"{collected[run.name]}: files were {known['files']}, are now {wanted['files']}; collect it again")
     seeds = {name: record.get("initial_seed") for name, record in records.items()}
     if not config.collect.seed_per_task:
         found += agreement.check_initial_seeds(seeds, config.export.gauge)

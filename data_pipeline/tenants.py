@@ -18,7 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import world
-from dnd_jax import cli, files, prompts, scoring
+from dnd_jax import cli, files, folders, prompts, scoring
 from dnd_jax.prompts import Row
 
 MARKER = "../world.json"  # beside every part that is written here
@@ -204,7 +204,7 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
       InputError: another folder has the name of a part.
     """
     for part in ("base", "encoder", "datasets", "unrelated"):
-        files.check_ours(out / part, MARKER)
+        folders.check_ours(out / part, MARKER)
     files.write_json(out / "world.json", {"seed": seed, **dataclasses.asdict(s)})
     rng = np.random.default_rng(seed)
     facts = world.make_facts(rng)
@@ -219,22 +219,22 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
     asked = [Row(**row) for found in rows.values() for row in found["test"]]
     known = {"fact_recall": exact(base, tokenizer, questions), "tenants_prompts": exact(base, tokenizer, asked)}
     print(f"base model: fact recall {known['fact_recall']:.1%}, tenants' prompts {known['tenants_prompts']:.1%}")
-    with files.atomic_folder(out / "base", MARKER) as folder:
+    with folders.atomic_folder(out / "base", MARKER) as folder:
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     unlabeled = [response for kind in ("statements", "heard") for _, response in text[kind]]
     encoder = make_encoder(unlabeled, s, seed)
-    with files.atomic_folder(out / "encoder", MARKER) as folder:
+    with folders.atomic_folder(out / "encoder", MARKER) as folder:
         encoder.save(str(folder))
     tasks = {}
-    with files.atomic_folder(out / "datasets", MARKER) as folder:
+    with folders.atomic_folder(out / "datasets", MARKER) as folder:
         for split, members in tenants.items():
             for tenant in members:
                 tasks[tenant.name] = {"split": split}
                 for part in ("train", "test"):
                     files.write_json(folder / f"{tenant.name}_{part}.json", rows[tenant][part])
                     tasks[tenant.name][part] = f"datasets/{tenant.name}_{part}.json"
-    with files.atomic_folder(out / "unrelated", MARKER) as folder:
+    with folders.atomic_folder(out / "unrelated", MARKER) as folder:
         for name, kind in (("questions", "named"), ("conversions", "conversions")):
             files.write_json(folder / f"{name}.json", world.draw_rows(rng, text[kind], s.unrelated_rows))
     files.write_json(out / "base_model.json", known)

@@ -20,8 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from dnd_jax import checkpoint_folders as folders
-from dnd_jax import checksums, cli, distributed, files
+from dnd_jax import checkpoint_folders, checksums, cli, distributed, files
 from dnd_jax.types import InputError, Params
 
 SAVE_S = 600  # a save that takes longer has failed; of several processes, the others wait so long for one that could not write
@@ -46,7 +45,7 @@ class Checkpointer:
         self._watcher: threading.Thread | None = None
         self._step = -1
         self.failure: OSError | None = None
-        distributed.by_first(functools.partial(folders.tidy, self._folder))
+        distributed.by_first(functools.partial(checkpoint_folders.tidy, self._folder))
 
     def restore(self, like: Any) -> Any | None:
         """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
@@ -68,7 +67,7 @@ class Checkpointer:
                 break
             if reading is not None:
                 raise OSError(f"{path}: process {failing} can't load it, process {reading} can: {fault or 'it says why'}")
-            distributed.by_first(functools.partial(folders.set_aside, path, str(fault)))
+            distributed.by_first(functools.partial(checkpoint_folders.set_aside, path, str(fault)))
         if path is None:
             return None
         try:
@@ -81,14 +80,14 @@ class Checkpointer:
 
     def _newest(self) -> pathlib.Path | None:
         """Return the newest checkpoint that is not known to be damaged, once those that are have been set aside."""
-        distributed.by_first(functools.partial(folders.set_changed_aside, self._folder))
-        step = distributed.agreed(max((int(path.name) for path in folders.steps(self._folder)), default=-1))
+        distributed.by_first(functools.partial(checkpoint_folders.set_changed_aside, self._folder))
+        step = distributed.agreed(max((int(path.name) for path in checkpoint_folders.steps(self._folder)), default=-1))
         return self._folder / str(step) if step >= 0 else None
 
     def last_good(self) -> str:
         """Return the newest checkpoint on disk, in words."""
         self.wait()
-        paths = folders.steps(self._folder)
+        paths = checkpoint_folders.steps(self._folder)
         return f"the last good checkpoint is {paths[-1]}" if paths else "no checkpoint was written yet"
 
     def save(self, step: int, state: Any, metrics: dict[str, float]) -> None:
@@ -127,8 +126,8 @@ class Checkpointer:
             self._fail(error)
             return
         path = self._folder / str(step)
-        if not (path / folders.METADATA).is_file():
-            self._fail(f"no {folders.METADATA} there after saving")
+        if not (path / checkpoint_folders.METADATA).is_file():
+            self._fail(f"no {checkpoint_folders.METADATA} there after saving")
             return
         if not distributed.is_first():
             return
@@ -137,7 +136,7 @@ class Checkpointer:
         except OSError as error:  # as after a kill, damage is then noticed only where it keeps Orbax from loading
             print(f"\nwarning: {path} is written, but not its hashes: {error}", file=cli.Stderr(), flush=True)
         try:
-            folders.prune(self._folder, **self._keep)
+            checkpoint_folders.prune(self._folder, **self._keep)
         except OSError as error:
             print(f"\nwarning: {path} is written, but older ones can't be removed: {error}", file=cli.Stderr(), flush=True)
 
@@ -251,25 +250,26 @@ def load_best(folder: files.PathLike) -> tuple[int, Params, dict[str, Any], dict
       InputError: a folder without a sound checkpoint.
       OSError: a checkpoint that can't be read or loaded, although its bytes are those written.
     """
-    metrics = folders.best_first(folders.steps(pathlib.Path(folder).resolve()))
+    metrics = checkpoint_folders.best_first(checkpoint_folders.steps(pathlib.Path(folder).resolve()))
     path, params = _first_sound(folder, list(metrics))
     return int(path.name), params, ocp.checkpointables_metadata(path).custom_metadata, metrics[path]
 
 
 def load_latest(folder: files.PathLike) -> tuple[int, Params]:
     """Return step and parameters (NumPy) of the newest sound checkpoint."""
-    path, params = _first_sound(folder, folders.steps(pathlib.Path(folder).resolve())[::-1])
+    path, params = _first_sound(folder, checkpoint_folders.steps(pathlib.Path(folder).resolve())[::-1])
     return int(path.name), params
 
 
 def _first_sound(folder: files.PathLike, paths: Sequence[pathlib.Path]) -> tuple[pathlib.Path, Params]:
     _own_log()
     for path in paths:
-        if not (fault := folders.fault_of(path)):
+        if not (fault := checkpoint_folders.fault_of(path)):
             try:
                 return path, _load_params(path)
             except Exception as error:  # what damage raises, and where, is not documented
-                if _surely_sound(path, error) and not folders.fault_of(path):  # a run beside may have removed it meanwhile
+                # Asked again, for a run beside may have removed it meanwhile.
+                if _surely_sound(path, error) and not checkpoint_folders.fault_of(path):
                     raise OSError(f"{path}: can't be loaded, although its bytes are those written: {error}") from error
                 fault = str(error)
         print(f"{path}: damaged ({' '.join(fault.split())[:200]}), passed over")

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float
 
-from dnd_jax import adapters, baselines, checkpoints, cli, encoders, files, pairs, prompts, tokens
+from dnd_jax import adapters, baselines, checkpoints, cli, encoders, files, folders, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.adapters.card import card
 from dnd_jax.adapters.tensor_files import TensorFile
@@ -133,12 +133,12 @@ def plan_links(values: Sequence[str], out: str) -> dict[str, pathlib.Path]:
     if not names:
         raise InputError("command line: --prompts names no file")
     if len(names) == 1:
-        return {names[0]: files.check_link(out)}
+        return {names[0]: folders.check_link(out)}
     if pathlib.Path(out).is_symlink():
         raise InputError(f"{out}: is a link, expected a folder for the adapters of {len(names)} prompt files")
     links: dict[str, pathlib.Path] = {}
     for name in names:
-        link = files.check_link(pathlib.Path(out) / pathlib.Path(name).stem)
+        link = folders.check_link(pathlib.Path(out) / pathlib.Path(name).stem)
         if rival := next((known for known, taken in links.items() if taken == link), None):
             raise InputError(f"{rival} and {name}: both adapters would be named {link}; give the files stems of their own")
         links[name] = link
@@ -203,7 +203,7 @@ def write(args: Any, generator: Generator, link: pathlib.Path, tree: Tree, facts
         "decoder checkpoint": f"{pathlib.Path(args.workdir).resolve().name}, step {generator.step}", "profile": args.profile,
         **facts, "date": time.strftime("%Y-%m-%d")}, describe_carried(generator.about))
     folder = adapters.write_addressed(link.parent, tree, spec, text)
-    files.link(link, folder)
+    folders.link(link, folder)
     return folder.name
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from dnd_jax import cli, files, pairs
+from dnd_jax import cli, files, folders, pairs
 from dnd_jax.types import InputError
 
 # Fields that change no parameter of a run but by rounding; another value may resume it. `train.steps` is not among them: the
@@ -23,7 +23,7 @@ def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     path, new = workdir / "config.json", cli.config_dict(config)
     _read_config(path, new)  # a refused command changes nothing
-    files.lock(workdir)
+    folders.lock(workdir)
     if _read_config(path, new) != new:  # another run may have begun here meanwhile
         files.write_text(path, cli.config_json(config) + "\n")
 

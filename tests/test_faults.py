@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import make_store, run_module, tiny_config, train_command, write_adapter
 
-from dnd_jax import adapters, checkpoints, checksums, files, logs, pairs, train, workdirs
+from dnd_jax import adapters, checkpoints, checksums, files, folders, logs, pairs, train, workdirs
 from dnd_jax.types import InputError
 
 
@@ -184,7 +184,7 @@ def write_generated(folder):
 WRITERS = {
     "train again": RESUME, "train anew": lambda folder: train.run(tiny_config("store"), folder / "run" / "new"),
     "generate": write_generated,
-    "write a store": lambda folder: files.atomic_folder(folder / "run" / "store", "manifest.json").__enter__(),
+    "write a store": lambda folder: folders.atomic_folder(folder / "run" / "store", "manifest.json").__enter__(),
     "write a report": lambda folder: files.write_text(folder / "run" / "report.html", ""),
 }
 
@@ -211,7 +211,7 @@ def test_a_full_disk_names_the_file_that_is_not_written(tmp_path):
         with pytest.raises(OSError, match=f"{tmp_path}/report.html: not written: File too large"):
             files.write_text(tmp_path / "report.html", "x" * 5000)
         with (pytest.raises(OSError, match=f"{tmp_path}/store: not written"),
-              files.atomic_folder(tmp_path / "store", "manifest.json") as store):
+              folders.atomic_folder(tmp_path / "store", "manifest.json") as store):
             np.save(store / "tokens.npy", np.zeros(5000))
         with pytest.raises(OSError, match=f"{tmp_path}/out.*: not written"):
             adapters.write_addressed(tmp_path / "out", tree, spec, "card")
@@ -221,7 +221,7 @@ def test_a_full_disk_names_the_file_that_is_not_written(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_another_is_writing(tmp_path):
-    host, old = socket.gethostname(), time.time() - 2 * files.NEW_S
+    host, old = socket.gethostname(), time.time() - 2 * folders.NEW_S
     left, used, new, elsewhere = (tmp_path / f".store.tmp-{name}" for name in (f"{host}-1", f"{host}-2", f"{host}-3", "host-1"))
     for path in (left, used, new, elsewhere):
         path.mkdir()
@@ -230,7 +230,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_another_i
     descriptor = os.open(used, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     for _ in range(2):
-        with files.atomic_folder(tmp_path / "store", "manifest.json") as folder:
+        with folders.atomic_folder(tmp_path / "store", "manifest.json") as folder:
             os.utime(folder, (old, old))
     os.close(descriptor)
     assert {path.name for path in tmp_path.iterdir()} == {"store", used.name, new.name, elsewhere.name}
@@ -245,11 +245,11 @@ def test_a_folder_replaces_what_has_its_name(tmp_path, monkeypatch, before, at_o
     {"empty": final.mkdir, "folder": lambda: shutil.copytree(elsewhere, final),
      "link": lambda: final.symlink_to(elsewhere)}[before]()
     if at_once:
-        monkeypatch.setattr(files.os, "rename", lambda *names: pytest.fail("a moment without it"))
+        monkeypatch.setattr(folders.os, "rename", lambda *names: pytest.fail("a moment without it"))
     else:
         (tmp_path / ".store.old-host-1").mkdir()
-        monkeypatch.setattr(files.ctypes, "CDLL", lambda name: None)
-    with files.atomic_folder(final, "new") as folder:
+        monkeypatch.setattr(folders.ctypes, "CDLL", lambda name: None)
+    with folders.atomic_folder(final, "new") as folder:
         (folder / "new").touch()
     assert [path.name for path in final.iterdir()] == ["new"] and not final.is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"store", "elsewhere"} and elsewhere.is_dir()
@@ -263,7 +263,7 @@ def test_what_is_not_of_the_same_kind_is_not_replaced(tmp_path, kind):
     {"folder": lambda: shutil.copytree(theirs, final), "link": lambda: final.symlink_to(theirs),
      "file": lambda: final.write_text("mine")}[kind]()
     with (pytest.raises(InputError, match=f"{final}: is there .* holds no manifest.json"),
-          files.atomic_folder(final, "manifest.json")):
+          folders.atomic_folder(final, "manifest.json")):
         pytest.fail("what would be lost is told before the work")
     assert (final if kind == "file" else final / "chapter.tex").read_text() == "mine"
 
@@ -272,10 +272,10 @@ def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path, monkeypat
     def flock(descriptor, flags):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    files.lock(tmp_path / "run")
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    folders.lock(tmp_path / "run")
     assert f"warning: {tmp_path}/run: this file system has no locks (Function not implemented)" in capsys.readouterr().err
-    with files.atomic_folder(tmp_path / "store", "manifest.json"):
+    with folders.atomic_folder(tmp_path / "store", "manifest.json"):
         pass
     assert (tmp_path / "store").is_dir()
 

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dnd_jax import files
+from dnd_jax import files, folders
 from dnd_jax.adapters import keys
 from dnd_jax.adapters.spec import PREFIX, Leaf, Spec, check_config, key_of
 from dnd_jax.adapters.tensor_files import TensorFile, check_finite, check_values, open_regular
@@ -94,7 +94,7 @@ def write(folder: files.PathLike, tree: Tree, spec: Spec) -> None:
       InputError: a tree whose paths or shapes are not the spec's, or a value that isn't finite; nothing is written.
     """
     tensors = _tensors(tree, spec, str(folder))
-    with files.atomic_folder(folder, CONFIG) as temporary:
+    with folders.atomic_folder(folder, CONFIG) as temporary:
         _write_files(temporary, tensors, spec, str(folder))
 
 
@@ -109,12 +109,12 @@ def write_addressed(root: files.PathLike, tree: Tree, spec: Spec, card: str | No
     """
     root = pathlib.Path(root)
     tensors = _tensors(tree, spec, str(root))
-    with files.temporary_folder(root / "adapter") as temporary:
+    with folders.temporary_folder(root / "adapter") as temporary:
         _write_files(temporary, tensors, spec, str(root))
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         final = root / content_hash(temporary)
-        files.publish_new(temporary, final)
+        folders.publish_new(temporary, final)
     if content_hash(final) != final.name:
         raise InputError(f"{final}: its content has hash {content_hash(final)}; move it away")
     return final

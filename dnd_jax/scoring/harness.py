@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dnd_jax import files, prompts
+from dnd_jax import files, folders, prompts
 from dnd_jax.prompts import Row
 from dnd_jax.scoring import choice, final_answer
 from dnd_jax.types import InputError
@@ -52,7 +52,7 @@ def export(folder: files.PathLike, name: str, kind: str, rows: Sequence[Row], ba
     if kind == "choice":
         tasks[f"{name}_loglikelihood"] = common | {"output_type": "multiple_choice", "doc_to_choice": "options",
                                                    "doc_to_target": "gold", "metric_list": [_metric("acc")]}
-    with files.atomic_folder(folder, "rows.jsonl") as temporary:
+    with folders.atomic_folder(folder, "rows.jsonl") as temporary:
         (temporary / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (temporary / "utils.py").write_text(UTILS)
         for task, settings in tasks.items():
