@@ -123,6 +123,11 @@ def make_store(folder, rng, *, train=3, validation=1, checkpoints=2, prompts=6, 
     return folder
 
 
+@pytest.fixture
+def store(tmp_path, rng):
+    return make_store(tmp_path / "store", rng)
+
+
 def tiny_config(store, **train):
     """Return the tenants config cut down to a store of `make_store`."""
     from experiments.configs import tenants

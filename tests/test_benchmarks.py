@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_store, run_module, tiny_config
+from conftest import ROOT, run_module, tiny_config
 
 from dnd_jax import pairs, train
 from dnd_jax.decoder import HyperConvDecoder
@@ -84,11 +84,10 @@ def test_a_measurement_that_fails_is_a_row_and_costs_no_other():
     assert accelerator.in_own_process(accelerator.backend) == {"backend": jax.default_backend()}
 
 
-def test_input_and_step_are_measured_apart_and_together(tmp_path, rng):
-    store = pairs.open_store(make_store(tmp_path / "store", rng))
-    config = tiny_config(tmp_path / "store")
-    found = input.measure(config, train.make_decoder(config, store), store.split("train"), 3)
-    sample = 4 * 5 * 4 * 2 + store.tasks[0].tokens[0].nbytes
+def test_input_and_step_are_measured_apart_and_together(store):
+    config, opened = tiny_config(store), pairs.open_store(store)
+    found = input.measure(config, train.make_decoder(config, opened), opened.split("train"), 3)
+    sample = 4 * 5 * 4 * 2 + opened.tasks[0].tokens[0].nbytes
     assert found["bytes"] == sample and 0 <= found["waited"] <= 1 and min(found["input"], found["step"], found["both"]) > 0
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_store, run_module, train_command, write_adapter
+from conftest import ROOT, run_module, train_command, write_adapter
 
 from dnd_jax import checksums
 
@@ -40,8 +40,7 @@ def test_help_lists_the_flags_that_other_modules_define():
     assert all(f"--{name}: " in said for name in ("config", "workdir", "coordinator", "num_processes", "process_id"))
 
 
-def test_store_of_another_format_or_content(tmp_path, rng):
-    store = make_store(tmp_path / "store", rng)
+def test_store_of_another_format_or_content(tmp_path, store):
     command = train_command(store, "run")
     path = store / "tasks" / "task0" / "tokens.npy"
     sound = path.read_bytes()
@@ -53,8 +52,7 @@ def test_store_of_another_format_or_content(tmp_path, rng):
     refuse(*command, cwd=tmp_path, contains=["manifest.json", "99", "expected 2"])
 
 
-def test_workdir_of_another_config(tmp_path, rng):
-    store = make_store(tmp_path / "store", rng)
+def test_workdir_of_another_config(tmp_path, store):
     run_module(*train_command(store, tmp_path / "run", steps=2), cwd=tmp_path)
     refuse(*train_command(store, tmp_path / "run", steps=4), cwd=tmp_path, contains=["config.json", "train.steps is 2", "says 4"])
 

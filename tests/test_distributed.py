@@ -13,7 +13,7 @@ import types
 
 import pytest
 import yaml
-from conftest import ROOT, make_store, train_command
+from conftest import ROOT, train_command
 
 from dnd_jax import checkpoints, distributed
 from dnd_jax.types import InputError
@@ -54,9 +54,9 @@ def free_port():
 @pytest.mark.parametrize("victim,number", [
     (1, signal.SIGKILL), *(pytest.param(*case, marks=pytest.mark.slow)
                            for case in ((0, signal.SIGKILL), (1, signal.SIGSTOP), (1, signal.SIGTERM)))])
-def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, rng, victim, number):
+def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, store, victim, number):
     """Within 30 s, with a message and status; after SIGTERM both save the same step and exit with 0."""
-    store, port = make_store(tmp_path / "store", rng), free_port()
+    port = free_port()
     command = [sys.executable, "-m", *train_command(store, tmp_path / "run", steps=10**6, validate_every=10**5)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     log = tmp_path / "run" / "metrics.jsonl"
@@ -78,9 +78,9 @@ def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, rng, victim, numb
             process.communicate()
 
 
-def test_a_process_that_cannot_write_is_heard_at_once_and_ends_the_run(tmp_path, rng):
+def test_a_process_that_cannot_write_is_heard_at_once_and_ends_the_run(tmp_path, store):
     """Orbax itself lets it wait for the other first, and the other for it, for as long as a save may take."""
-    store, port = make_store(tmp_path / "store", rng), free_port()
+    port = free_port()
     command = [sys.executable, "-m", *train_command(store, tmp_path / "run", steps=10**6, validate_every=30, log_every=10)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     pair = [subprocess.Popen([*command, "--config.mesh.fsdp=2", f"--coordinator=localhost:{port}", "--num_processes=2",

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import make_store, tiny_config
+from conftest import tiny_config
 
 from dnd_jax import inputs, pairs, sharding
 
@@ -45,8 +45,8 @@ def test_an_error_comes_up_at_its_step():
     assert not input_threads()
 
 
-def test_batches_are_those_of_the_store_and_names_those_of_the_batch(tmp_path, rng):
-    config = tiny_config(make_store(tmp_path / "store", rng), batch_size=5)
+def test_batches_are_those_of_the_store_and_names_those_of_the_batch(store):
+    config = tiny_config(store, batch_size=5)
     tasks = pairs.open_store(config.export.store).split("train")
     with inputs.Prefetch(inputs.make_read(config, tasks, sharding.make_mesh()), 3, 6, ahead=2) as batches:
         for step, made in zip(range(3, 6), batches, strict=True):

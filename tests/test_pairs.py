@@ -4,15 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_store
 
 from dnd_jax import pairs
 from dnd_jax.types import InputError
-
-
-@pytest.fixture
-def store(tmp_path, rng):
-    return make_store(tmp_path / "store", rng)
 
 
 def test_samples_depend_on_seed_step_and_index_only(store):

@@ -20,11 +20,6 @@ from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError
 
 
-@pytest.fixture
-def store(tmp_path, rng):
-    return make_store(tmp_path / "store", rng)
-
-
 def assert_same_params(a, b):
     paths_a, paths_b = (jax.tree.leaves_with_path(checkpoints.load_latest(w / "checkpoints")[1]) for w in (a, b))
     assert [p for p, _ in paths_a] == [p for p, _ in paths_b]
