@@ -75,23 +75,23 @@ class Evaluation:
         """Return the condition `[N, L, C]` of one prompt draw; the same for every rung."""
         return pairs.condition_of(task, self.config.seed, draw, self.generator.prompts)
 
-    def ask(self, task: pairs.Task, **how: Any) -> Scores:
+    def score_task(self, task: pairs.Task, **how: Any) -> Scores:
         """Score what the model answers to a task as it is now."""
         known = {row.response for part in self.rows.values() for row in part[task.name]}
-        return self.score(self.e.scoring, self.rows["test"][task.name], known=known, **how)
+        return self.score_rows(self.e.scoring, self.rows["test"][task.name], known=known, **how)
 
-    def score(self, kind: str, rows: Sequence[Row], **how: Any) -> Scores:
+    def score_rows(self, kind: str, rows: Sequence[Row], **how: Any) -> Scores:
         """Score what the model answers to rows as it is now."""
         return kinds.score(kind, self.model, rows, samples=self.e.samples, temperature=self.e.temperature, **how)
 
-    def scores(self, flat: Flat, task: pairs.Task) -> Scores:
+    def score_adapter(self, flat: Flat, task: pairs.Task) -> Scores:
         """Score what the model answers to a task with an adapter."""
         self.model.use(unflatten_dict(flat, sep="/"), self.store.spec)
-        return self.ask(task)
+        return self.score_task(task)
 
     def validate(self, make: MakeAdapter) -> float:
         """Return the mean score on the rows of validation tasks over prompt draws."""
-        return float(np.mean(np.concatenate([self.scores(make(task, d), task).main
+        return float(np.mean(np.concatenate([self.score_adapter(make(task, d), task).main
                                              for task in self.validation for d in range(self.e.draws)])))
 
     def best(self, candidates: Iterable[tuple[Any, MakeAdapter]]) -> tuple[Any, MakeAdapter]:
@@ -109,7 +109,7 @@ def fixed(flat: Flat) -> MakeAdapter:
 
 def best_single(ev: Evaluation) -> tuple[str, MakeAdapter]:
     """Choose the training adapter that serves the validation tasks best."""
-    scores = [np.mean([ev.scores(flat, t).main.mean() for t in ev.validation])
+    scores = [np.mean([ev.score_adapter(flat, t).main.mean() for t in ev.validation])
               for flat in tqdm(ev.known, desc="best single", leave=False)]
     chosen = int(np.argmax(scores))
     return ev.train[chosen].name, fixed(ev.known[chosen])
@@ -181,16 +181,16 @@ def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
 def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[Scores]]], dict[str, str]]:
     """Return the scores of every rung by test task and prompt draw, and what the rungs chose."""
     examples = [ev.rows["train"][task.name][: ev.e.in_context_examples] for task in ev.test]
-    scores = {"base": [[ev.ask(task, adapter=False)] for task in ev.test],
-              "in_context": [[ev.ask(task, adapter=False, examples=shown)]
+    scores = {"base": [[ev.score_task(task, adapter=False)] for task in ev.test],
+              "in_context": [[ev.score_task(task, adapter=False, examples=shown)]
                              for task, shown in zip(ev.test, examples, strict=True)]}
     flat, spec = baselines.mean_product(ev.known, ev.store.spec)
     ev.model.use(unflatten_dict(flat, sep="/"), spec)
-    scores["mean_product"] = [[ev.ask(task)] for task in ev.test]
+    scores["mean_product"] = [[ev.score_task(task)] for task in ev.test]
     rungs = adapter_rungs(ev)
     for name, (make, _) in tqdm(rungs.items(), desc="rungs"):
         draws = ev.e.draws if name in report.DRAWN else 1
-        scores[name] = [[ev.scores(make(task, d), task) for d in range(draws)] for task in ev.test]
+        scores[name] = [[ev.score_adapter(make(task, d), task) for d in range(draws)] for task in ev.test]
     return scores, {name: note for name, (_, note) in rungs.items() if note}
 
 
@@ -199,7 +199,7 @@ def harms(ev: Evaluation) -> dict[str, Any]:
     def ask(kind: str, rows: Sequence[Row], flat: Flat | None) -> Scores:
         if flat is not None:
             ev.model.use(unflatten_dict(flat, sep="/"), ev.store.spec)
-        return ev.score(kind, rows, known={row.response for row in rows}, adapter=flat is not None)
+        return ev.score_rows(kind, rows, known={row.response for row in rows}, adapter=flat is not None)
 
     made = {"dnd": [generated(ev)(task, 0) for task in ev.test], "in_task": [ev.adapter(task.name) for task in ev.test]}
     return harm.measure(ev.unrelated, made, ask)
