@@ -91,11 +91,16 @@ def messages(row: Row) -> list[dict[str, str]]:
     return [*([{"role": "system", "content": row.system}] if row.system else []), {"role": "user", "content": row.prompt}]
 
 
-def prompt_ids(tokenizer: Any, row: Row) -> list[int]:
-    """Return the ids of a prompt: through the chat template where the tokenizer has one, else the bare text."""
+def prompt_text(tokenizer: Any, row: Row) -> str:
+    """Return the text of a prompt: through the chat template where the tokenizer has one, else bare."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages(row), add_generation_prompt=True, return_dict=False)
-    return tokenizer(f"{row.system}\n{row.prompt}" if row.system else row.prompt).input_ids
+        return tokenizer.apply_chat_template(messages(row), add_generation_prompt=True, tokenize=False)
+    return f"{row.system}\n{row.prompt}" if row.system else row.prompt
+
+
+def prompt_ids(tokenizer: Any, row: Row) -> list[int]:
+    """Return the ids of a prompt; a chat template writes the special tokens itself."""
+    return tokenizer(prompt_text(tokenizer, row), add_special_tokens=not tokenizer.chat_template).input_ids
 
 
 def response_ids(tokenizer: Any, row: Row) -> list[int]:

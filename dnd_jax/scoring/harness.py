@@ -37,7 +37,7 @@ def export(folder: files.PathLike, name: str, kind: str, rows: Sequence[Row], ba
         raise InputError(f"{name}: a row has images, which aren't exported")
     tokenizer = prompts.load_tokenizer(base)
     options = choice.options(rows, name) if kind == "choice" else [[] for _ in rows]
-    lines = [json.dumps({"context": context(tokenizer, row), "response": row.response, "kind": kind, "options": found,
+    lines = [json.dumps({"context": prompts.prompt_text(tokenizer, row), "response": row.response, "kind": kind, "options": found,
                          "gold": found.index(row.response.strip()) if found else 0}, ensure_ascii=False)
              for row, found in zip(rows, options, strict=True)]
     data = pathlib.Path(folder).resolve() / "rows.jsonl"
@@ -65,13 +65,6 @@ def export(folder: files.PathLike, name: str, kind: str, rows: Sequence[Row], ba
 
 def _metric(name: str) -> dict[str, Any]:
     return {"metric": name, "aggregation": "mean", "higher_is_better": name != "unparsable"}
-
-
-def context(tokenizer: Any, row: Row) -> str:
-    """Return the text of which `prompts.prompt_ids` are the ids."""
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(prompts.messages(row), add_generation_prompt=True, tokenize=False)
-    return f"{row.system}\n{row.prompt}" if row.system else row.prompt
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
