@@ -2,6 +2,7 @@
 
     checkpoints/<step>/             committed by a rename; state, metrics, about, sha256.json
     checkpoints/<step>.damaged/     set aside, never read
+    checkpoints/.removed/           pruned, until its files are gone
 
 A checkpoint holds the training state, its metrics, and `about`: config, layout, adapter spec, encoder and base model. The
 workdir around it is enough to generate. What Orbax leaves open is closed here: damage is found by hashes, a failed write is
