@@ -1,7 +1,10 @@
 """Benchmarks on decoders small enough for a test: their rows, and that what differs from PyTorch is not timed."""
 
+import json
 import os
+import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +57,28 @@ def test_results_that_differ_from_pytorchs_are_not_timed(tiny, monkeypatch, what
     monkeypatch.setattr(decoder, "ours", changed)
     with pytest.raises(InputError, match="tenants, k=5: results differ from PyTorch's by 1"):
         decoder.measure("tenants", 5, 2, 1, 1, [False])
+
+
+def test_a_row_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
+    def run(command, env):
+        options = dict(option[2:].split("=") for option in command if option.startswith("--"))
+        assert options["taps"] == "9" and "hugetlb" in env["GLIBC_TUNABLES"]
+        if options["only"] == "small" and options["cores"] == "1":
+            return types.SimpleNamespace(returncode=-9)
+        pathlib.Path(options["rows"]).write_text(json.dumps([{"decoder": options["only"], "cores": options["cores"]}]))
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(decoder.subprocess, "run", run)
+    monkeypatch.setattr(decoder.accelerator, "in_own_process", lambda function: {"backend": "cpu"})
+    monkeypatch.setattr(decoder.os, "sched_getaffinity", lambda process: {0, 1})
+    path = tmp_path / "rows.json"
+    args = types.SimpleNamespace(only=["small", "wide"], taps=["9"], batch=["1"], cores=["1", "2"], compile=False, repeats=1,
+                                 json=str(path), rows=None)
+    with pytest.raises(InputError, match="not measured, .*: small, k=9, batch 1, 1 cores$"):
+        decoder.main(args)
+    assert json.loads(path.read_text()) == [{"decoder": name, "cores": cores} for name, cores in
+                                            (("wide", "1"), ("small", "2"), ("wide", "2"))]
+    assert "adapter 67.2 ms" in capsys.readouterr().out
 
 
 def test_floors_are_those_of_the_direct_convolution():
