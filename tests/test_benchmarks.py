@@ -74,7 +74,7 @@ def test_a_row_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
     path = tmp_path / "rows.json"
     args = types.SimpleNamespace(only=["small", "wide"], taps=["9"], batch=["1"], cores=["1", "2"], compile=False, repeats=1,
                                  json=str(path), rows=None)
-    with pytest.raises(InputError, match="not measured, .*: small, k=9, batch 1, 1 cores$"):
+    with pytest.raises(InputError, match=r"not measured, .*: small, k=9, batch 1, 1 cores$"):
         decoder.main(args)
     assert json.loads(path.read_text()) == [{"decoder": name, "cores": cores} for name, cores in
                                             (("wide", "1"), ("small", "2"), ("wide", "2"))]
