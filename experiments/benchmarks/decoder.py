@@ -10,7 +10,7 @@ fastest float32 median over ours, above 1 is faster, and bf16 autocast is a rati
 they divide it, is split over as many devices of JAX, as in training. A CPU without instructions for bf16 would take hours for
 that: where one convolution takes more than twice as long as in float32, the row says how much longer and leaves it out. All
 rows of a decoder, kernel size and batch are interleaved in a process of their own with one allocator setting, after parity to
-1e-5 of outputs and gradients was checked. One that fails costs no other; `layer` with batch 16 wants more than 24 GB on two
+1e-5 of outputs and gradients was checked. One that fails costs no other; `layer` with batch 16 wants 24 GB and more on two
 cores. The Fourier form is an algorithm, not a virtue of JAX: PyTorch could be given it, too.
 
 On an accelerator the published decoders are timed instead, in bfloat16 (`experiments/benchmarks/accelerator.py`); without one
