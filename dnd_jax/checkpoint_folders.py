@@ -36,9 +36,9 @@ def prune(folder: pathlib.Path, last: int, every: int) -> None:
     paths = steps(folder)
     best = next(iter(best_first(paths)), None)
     removed = folder / ".removed"
+    shutil.rmtree(removed, ignore_errors=True)  # left by a kill
     for path in paths[:-last]:
         if path != best and not (every and int(path.name) % every == 0):
-            shutil.rmtree(removed, ignore_errors=True)  # after a kill
             path.rename(removed)
             shutil.rmtree(removed)
 
