@@ -6,9 +6,10 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 
-from dnd_jax import checksums, files
+from dnd_jax import checksums, files, folders
 
 METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"
+REMOVED = ".removed"
 
 
 def steps(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -31,20 +32,37 @@ def best_first(paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, dict[str, fl
 def prune(folder: pathlib.Path, last: int, every: int) -> None:
     """Remove all checkpoints but the last `last`, the best, and, if `every` is set, those of steps that it divides.
 
-    Each loses its name first: Orbax removes file by file, and a kill would leave half a checkpoint under that name.
+    The best is so by its metrics; its state, which can be many gigabytes, is not read again. What is removed loses its name
+    first: Orbax removes file by file, and a kill would leave half a checkpoint under that name.
+
+    Raises:
+      OSError: metrics that can't be read, which may be the best ones, or a folder that can't be removed.
     """
     paths = steps(folder)
     best = next(iter(best_first(paths)), None)
-    removed = folder / ".removed"
-    shutil.rmtree(removed, ignore_errors=True)  # left by a kill
-    for path in paths[:-last]:
-        if path != best and not (every and int(path.name) % every == 0):
-            path.rename(removed)
-            shutil.rmtree(removed)
+    _remove_left(folder)
+    going = [path for path in paths[:-last] if path != best and not (every and int(path.name) % every == 0)]
+    if going:  # the newest has to stay, whatever happens to the power
+        folders.sync_all(paths[-1])
+        files.sync(folder)
+    for path in going:
+        path.rename(folder / REMOVED)
+        files.sync(folder)
+        shutil.rmtree(folder / REMOVED)
+
+
+def _remove_left(folder: pathlib.Path) -> None:
+    """Remove what a kill left of a checkpoint that had lost its name."""
+    shutil.rmtree(folder / REMOVED, ignore_errors=True)
 
 
 def tidy(folder: pathlib.Path) -> None:
-    """Take out of the way what would keep Orbax from opening a folder of checkpoints, or from saving a step again."""
+    """Take out of the way what would keep Orbax from opening a folder of checkpoints, or from saving a step again.
+
+    Raises:
+      OSError: a file that is there and can't be read, which is no damage.
+    """
+    _remove_left(folder)
     for path in sorted(folder.glob("[0-9]*")):
         if not path.name.isdigit() or not path.is_dir():
             continue
@@ -54,7 +72,7 @@ def tidy(folder: pathlib.Path) -> None:
             set_aside(path, f"incomplete: no {METADATA}")
         elif fault := checksums.fault(path, METADATA):
             set_aside(path, fault)
-        elif (path / METRICS).exists() and metrics_of(path) is None:
+        elif metrics_of(path) is None:
             _lose_metrics(path)
 
 
@@ -62,6 +80,7 @@ def _lose_metrics(path: pathlib.Path) -> None:
     if (path / METRICS).is_dir():
         shutil.rmtree(path / METRICS)
     files.write_json(path / METRICS, {})
+    checksums.renew(path, METRICS)
 
 
 def set_changed_aside(folder: pathlib.Path) -> None:
@@ -85,7 +104,11 @@ def set_aside(path: pathlib.Path, fault: str) -> None:
 
 
 def metrics_of(path: pathlib.Path) -> dict[str, float] | None:
-    """Return a checkpoint's metrics, or None, said on standard output, where they are malformed or not those written."""
+    """Return a checkpoint's metrics, or None, said on standard output, where they are malformed or not those written.
+
+    Raises:
+      OSError: metrics that are there and can't be read, which says nothing about them.
+    """
     fault = None
     try:
         fault = checksums.fault(path, METRICS)
@@ -94,7 +117,7 @@ def metrics_of(path: pathlib.Path) -> dict[str, float] | None:
         found = json.loads((path / METRICS).read_text(encoding="utf-8")) if not fault else None
         if isinstance(found, dict):
             return found
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         fault = str(error)
     print(f"{path / METRICS}: damaged ({fault or 'no JSON object'}), so this checkpoint does not count as the best")
     return None

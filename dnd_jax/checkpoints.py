@@ -49,7 +49,7 @@ class Checkpointer:
         distributed.by_first(functools.partial(checkpoint_folders.tidy, self._folder))
 
     def restore(self, like: Any) -> Any | None:
-        """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none.
+        """Return the latest sound state, laid out like the (abstract) state `like`, or None when there is none; then prune.
 
         A checkpoint whose bytes have changed is set aside, and standard output says so. One whose writer was killed before it
         recorded the hashes is first read by every process, and set aside if none of them can.
@@ -73,11 +73,14 @@ class Checkpointer:
             return None
         try:
             check_shapes(path, _shapes(path), like["params"] if isinstance(like, dict) else like.params)
-            return ocp.load_checkpointables(path, {"state": like})["state"]
+            state = ocp.load_checkpointables(path, {"state": like})["state"]
         except InputError:
             raise
         except Exception as error:
             raise OSError(f"{path}: process {jax.process_index()} can't load it: {error}") from error
+        if distributed.is_first():
+            self._prune()  # what a killed run was about to: a disk that it filled would keep the next save from being written
+        return state
 
     def _newest(self) -> pathlib.Path | None:
         """Return the newest checkpoint that is not known to be damaged, once those that are have been set aside."""
@@ -136,10 +139,13 @@ class Checkpointer:
             checksums.write(path)
         except OSError as error:  # as after a kill, damage is then noticed only where it keeps Orbax from loading
             print(f"\nwarning: {path} is written, but not its hashes: {error}", file=cli.Stderr(), flush=True)
+        self._prune()
+
+    def _prune(self) -> None:
         try:
             checkpoint_folders.prune(self._folder, **self._keep)
         except OSError as error:
-            print(f"\nwarning: {path} is written, but older ones can't be removed: {error}", file=cli.Stderr(), flush=True)
+            print(f"\nwarning: {self._folder}: older checkpoints can't be removed: {error}", file=cli.Stderr(), flush=True)
 
     def _fail(self, error: BaseException | str) -> None:
         if self.failure is None:
@@ -220,14 +226,17 @@ def _surely_sound(path: pathlib.Path, error: Exception) -> bool:
 def _fault_in_loading(path: pathlib.Path) -> str | None:
     """Return what keeps this process from reading all of a checkpoint's state, one array at a time, into its memory.
 
-    All processes must ask, for Orbax counts its calls, and go through all arrays.
+    All processes must ask, for Orbax counts its calls, and go through all arrays, or none, if one of them can't list them.
     """
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here))
+    fault = None
     try:
         arrays, tree = jax.tree.flatten(_metadata(path))
     except Exception as error:  # what damage raises, and where, is not documented
-        return str(error)
+        fault = str(error)
+    if distributed.first_with(fault is not None) is not None:
+        return fault
     fault = None if arrays else "its metadata list no array"
     for i, array in enumerate(arrays):
         like = [ocp.PLACEHOLDER] * len(arrays)

@@ -18,6 +18,13 @@ def write(folder: pathlib.Path) -> None:
         name: files.sha256_file(path) for name, path in found.items() if name != NAME and not path.name.startswith(".")})
 
 
+def renew(folder: pathlib.Path, name: str) -> None:
+    """Record one file anew, in a folder that has a record."""
+    if (folder / NAME).exists():
+        known = json.loads((folder / NAME).read_bytes())
+        files.write_json(folder / NAME, known | {name: files.sha256_file(folder / name)})
+
+
 def fault(folder: pathlib.Path, below: str = "") -> str | None:
     """Return what is wrong with the files whose names start with `below`: missing or changed since they were recorded.
 

@@ -89,7 +89,7 @@ def _abandoned(folder: pathlib.Path) -> bool:
 def publish(temporary: pathlib.Path, final: files.PathLike) -> None:
     """Rename a complete folder to its final name, after its files are on disk, replacing at once what has that name."""
     final = pathlib.Path(final)
-    _sync_all(temporary)
+    sync_all(temporary)
     if os.path.lexists(final):
         _exchange(temporary, final)
         if temporary.is_symlink() or temporary.is_file():
@@ -103,7 +103,7 @@ def publish(temporary: pathlib.Path, final: files.PathLike) -> None:
 def publish_new(temporary: pathlib.Path, final: files.PathLike) -> None:
     """Rename a complete folder to its final name, unless a folder has that name already, which is then left as it is."""
     final = pathlib.Path(final)
-    _sync_all(temporary)
+    sync_all(temporary)
     try:
         os.rename(temporary, final)
     except OSError as error:  # an empty folder would be replaced
@@ -112,7 +112,8 @@ def publish_new(temporary: pathlib.Path, final: files.PathLike) -> None:
     files.sync(final.parent)
 
 
-def _sync_all(folder: pathlib.Path) -> None:
+def sync_all(folder: pathlib.Path) -> None:
+    """See to it that a folder and everything below it is on disk, whatever happens to the power."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file() or path.is_dir():
             files.sync(path)

@@ -95,7 +95,8 @@ def test_what_only_some_processes_can_read_ends_the_run_and_is_left_as_it_is(fol
     (folder / "3" / checksums.NAME).unlink()
     checkpointer = checkpoints.Checkpointer(folder, ABOUT)
     monkeypatch.setattr(checkpoints.ocp, "load", fails(ValueError("no such file")))
-    monkeypatch.setattr(checkpoints.distributed, "first_with", lambda flag: 0 if flag else 1)  # process 1 has read it
+    answers = iter([None, 0, 1])  # both can list its arrays, process 1 has read them
+    monkeypatch.setattr(checkpoints.distributed, "first_with", lambda flag: next(answers))
     with pytest.raises(OSError, match="checkpoints/3: process 0 can't load it, process 1 can: no such file"):
         checkpointer.restore(state_of(0))
     assert (folder / "3").is_dir() and not list(folder.glob("*.damaged")) and not (folder / "3" / checksums.NAME).exists()
@@ -113,6 +114,28 @@ def test_a_file_that_cannot_be_read_is_no_damage(folder, monkeypatch):
         with pytest.raises(PermissionError, match="state/d/1"):
             read(folder)
     assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
+
+
+def test_metrics_that_cannot_be_read_cost_no_checkpoint_and_stay(folder, monkeypatch):
+    def read(path, whole=checksums.files.sha256_file):
+        if path == folder / "1" / checkpoint_folders.METRICS:
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return whole(path)
+
+    before = (folder / "1" / checkpoint_folders.METRICS).read_bytes()
+    monkeypatch.setattr(checksums.files, "sha256_file", read)
+    for action in (lambda: checkpoint_folders.prune(folder, last=1, every=0), lambda: checkpoint_folders.tidy(folder),
+                   lambda: checkpoints.load_best(folder)):
+        with pytest.raises(OSError, match="Too many open files.*1/metrics/metrics"):
+            action()
+    assert [path.name for path in checkpoint_folders.steps(folder)] == ["1", "2", "3"]
+    assert (folder / "1" / checkpoint_folders.METRICS).read_bytes() == before
+
+
+def test_a_process_that_cannot_even_list_the_arrays_keeps_all_from_reading_them(folder, monkeypatch):
+    monkeypatch.setattr(checkpoints.distributed, "first_with", lambda flag: 1)  # process 1 can't
+    monkeypatch.setattr(checkpoints.ocp, "load", lambda *args, **kwargs: pytest.fail("Orbax counts its calls"))
+    assert checkpoints._fault_in_loading(folder / "3") is None
 
 
 def test_sound_parameters_of_other_shapes_stop_training_and_are_left_as_they_are(folder):
@@ -153,6 +176,26 @@ def test_damaged_metrics_cost_the_metrics_only(folder, capsys, text):
     checkpointer.save(4, state_of(4), {"validation_loss": 0.4})
     checkpointer.close()
     assert {path.name for path in folder.iterdir()} == {"3", "4"}  # 1 no longer counts as the best
+
+
+def test_lost_metrics_are_told_once(folder, capsys):
+    (folder / "3" / checkpoint_folders.METRICS).write_text("{")
+    (folder / "2" / checkpoint_folders.METRICS).unlink()
+    for step in (4, 5):
+        checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=5)
+        assert int(checkpointer.restore(state_of(0))["step"]) == step - 1
+        checkpointer.save(step, state_of(step), {"validation_loss": 0.4})
+        checkpointer.close()
+        assert capsys.readouterr().out.count("metrics: damaged") == (2 if step == 4 else 0)
+    assert checkpoints.load_best(folder)[0] == 1
+
+
+def test_what_a_killed_run_was_to_prune_goes_before_the_next_save(folder):
+    shutil.copytree(folder / "2", folder / checkpoint_folders.REMOVED)  # killed amid this
+    checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=1)
+    assert not (folder / checkpoint_folders.REMOVED).exists() and (folder / "2").is_dir()
+    assert int(checkpointer.restore(state_of(0))["step"]) == 3
+    assert {path.name for path in folder.iterdir()} == {"1", "3"}  # and before this
 
 
 def test_lost_metrics_empty_folders_and_halves_do_not_keep_the_others_from_opening(folder, capsys):

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from dnd_jax import adapters, checkpoint_folders, checkpoints, checksums, cli, files, logs, pairs
+from dnd_jax import adapters, checkpoints, checksums, cli, files, logs, pairs
 
 HERE = pathlib.Path(__file__).resolve().parents[2]
 ROOT = pathlib.Path("build/tenants-smoke")
@@ -136,12 +136,11 @@ def check_visible(root: pathlib.Path) -> None:
         files.read_json(root / "killed" / "config.json")
     if (root / "killed" / logs.NAME).exists():
         logs.read_metrics(root / "killed")
-    newest = checkpoint_folders.steps(root / "killed" / "checkpoints")[-1:]
-    for path in named(root / "killed" / "checkpoints"):
-        fault = checksums.fault(path) if path.name.isdigit() else None
-        if fault and (path in newest or "no such file" not in fault):  # Orbax removes old ones file by file
+    written = [path for path in named(root / "killed" / "checkpoints") if path.name.isdigit()]
+    for path in written:
+        if fault := checksums.fault(path):
             raise RuntimeError(f"{path}: {fault}")
-    if any(path.name.isdigit() for path in named(root / "killed" / "checkpoints")):
+    if written:
         checkpoints.load_latest(root / "killed" / "checkpoints")
     for path in named(root / "generated"):
         adapters.read(path)
