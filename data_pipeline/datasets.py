@@ -4,8 +4,8 @@
     python -m data_pipeline.datasets audit --config=experiments/configs/common_sense.py:ARC-c
 
 Prints the facts of every data set and a sentence for every finding, and exits with status 1 if there is any. Data sets are in
-any form that `dnd_jax.sources` reads. With a config they are those of its tasks: what its training tasks are trained on against
-what all its tasks are tested on. Of files, those whose name holds `train` are trained on, all others tested on.
+any form that `dnd_jax.sources` reads. With a config they are those of its tasks: what they are trained on (held-out ones for the
+in-task rung) against what they are tested on. Of files, those whose name holds `train` are trained on, all others tested on.
 """
 
 import pathlib
@@ -37,9 +37,9 @@ def audit_sets(trained: Mapping[str, Sequence[Row]], test: Mapping[str, Sequence
 
 
 def sets_of_config(config: Any) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Return the rows that a config's training tasks are trained on, and those that its tasks are tested on."""
+    """Return the rows that a config's tasks are trained on, and those that they are tested on."""
     tasks = read_tasks(config.tasks)
-    return ({f"{task.name} train": sources.read(task.train) for task in tasks if task.split == "train"},
+    return ({f"{task.name} train": sources.read(task.train) for task in tasks},
             {f"{task.name} test": sources.read(task.test) for task in tasks if task.test})
 
 

@@ -96,7 +96,7 @@ def describe_form(about: dict[str, Any]) -> str:
     """Return what is wrong with conditions of prompts alone, in words; empty if the decoder was trained on such."""
     form = about.get("form", "prompt")
     return "" if form == "prompt" else (f"warning: the decoder was trained on conditions of form {form!r}, which hold responses; "
-                                        "they are made of prompts alone here")
+                                        "they are made of the given texts alone here")
 
 
 def nearest_tasks(about: dict[str, Any], condition: Float[np.ndarray, "N L C"], count: int = 3) -> list[tuple[str, float]]:

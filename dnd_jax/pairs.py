@@ -6,7 +6,7 @@
     store/carried.safetensors                what generated adapters hold beside A and B, if anything
     store/tasks/<task>/tokens.npy            float32 [K, T, H, W], one entry per checkpoint
     store/tasks/<task>/condition.npy         float16 [P, L, C], one entry per prompt
-    store/tasks/<task>/prompts.json          the P prompts
+    store/tasks/<task>/prompts.json          the P texts, prompts or, by the config's form, with answers
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
     python -m experiments.demo            # what `make demo` calls; --arg=seed=1 for another world
 
-A station's key is a hash of its code with all of ours that this imports, the config and the key of the station before it. A
-station that was interrupted goes on where it was; one whose key has changed starts afresh.
+A station's key is a hash of its code with all of ours that this imports, the config and the key of the station before it. When
+interrupted, collecting and training go on where they were; a station whose key has changed starts afresh.
 """
 
 import modulefinder

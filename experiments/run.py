@@ -2,9 +2,10 @@
 
     python -m experiments.run --config=experiments/configs/common_sense.py:ARC-c --workdir=runs/common_sense/ARC-c
 
-Every station is the command that it prints, with the same `--config.field=value`, and goes on where it was when run again. What
-the audit finds stops the run, unless `--despite_findings`. The result is an adapter for each test task, `WORKDIR/generated/TASK`,
-and the ladder's report; the paper's experiments have no validation tasks, so theirs is without the rungs that choose on these.
+Every station is the command that it prints, with the same `--config.field=value`. Run again, collecting and training go on where
+they were. What the audit finds stops the run, unless `--despite_findings`. The result is an adapter for each test task,
+`WORKDIR/generated/TASK`, and the ladder's report; the paper's experiments have no validation tasks, so theirs is without the
+rungs that choose on these.
 """
 
 import pathlib
@@ -45,7 +46,7 @@ def define_flags() -> None:
     cli.define_config()
     flags.DEFINE_string("workdir", None, required=True, help="Folder of the training run, and of what is generated.")
     flags.DEFINE_integer("jobs", 1, "Tasks collected at once, each in its own process and on a GPU of its own.", lower_bound=1)
-    flags.DEFINE_bool("despite_findings", False, "Go on whatever the audit finds; the report says it.")
+    flags.DEFINE_bool("despite_findings", False, "Go on whatever the audit finds; the report says what concerns its test tasks.")
 
 
 def main(args: Any) -> None:

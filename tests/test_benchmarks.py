@@ -116,6 +116,8 @@ def test_input_and_step_are_measured_apart_and_together(store):
     assert found["bytes"] == sample and 0 <= found["waited"] <= 1 and min(found["input"], found["step"], found["both"]) > 0
 
 
-def test_an_unknown_decoder_is_refused():
-    done = run_module("experiments.benchmarks.decoder", "--only=large", cwd=ROOT, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: --only: ['large'] is none of")
+@pytest.mark.parametrize("flag,said", [("--only=large", "--only: ['large'] is none of"),
+                                       ("--batch=4", "--only="), ("--only=k11 --taps=9", "--only=['k11'] --taps=['9']")])
+def test_what_is_none_of_the_rows_is_refused(flag, said):
+    done = run_module("experiments.benchmarks.decoder", *flag.split(), cwd=ROOT, check=False)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {said}") and not done.stdout

@@ -126,7 +126,7 @@ def test_metrics_that_cannot_be_read_cost_no_checkpoint_and_stay(folder, monkeyp
     monkeypatch.setattr(checksums.files, "sha256_file", read)
     for action in (lambda: checkpoint_folders.prune(folder, last=1, every=0), lambda: checkpoint_folders.tidy(folder),
                    lambda: checkpoints.load_best(folder)):
-        with pytest.raises(OSError, match="Too many open files.*1/metrics/metrics"):
+        with pytest.raises(OSError, match=r"Too many open files.*1/metrics/metrics"):
             action()
     assert [path.name for path in checkpoint_folders.steps(folder)] == ["1", "2", "3"]
     assert (folder / "1" / checkpoint_folders.METRICS).read_bytes() == before

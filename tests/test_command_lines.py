@@ -33,6 +33,8 @@ def test_configs_missing_unreadable_misspelt(tmp_path):
     refuse("dnd_jax.train", "--workdir=run", "--config=broken.py", cwd=tmp_path, contains=["broken.py", "SyntaxError"])
     refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.train.step=3", cwd=tmp_path, contains=["no field 'step' there"])
     refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.train.steps=many", cwd=tmp_path, contains=["steps", "many"])
+    refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.condition.pool=many", cwd=tmp_path,  # None, unless it is set
+           contains=["pool", "invalid literal for int() with base 10: 'many'"])
 
 
 def test_help_lists_the_flags_that_other_modules_define():

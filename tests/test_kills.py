@@ -1,5 +1,9 @@
 """The miniature pipeline, killed at random moments, ends as if nobody had disturbed it."""
 
+import jax.numpy as jnp
+import pytest
+
+from dnd_jax import checkpoints
 from experiments.faults import kill_loop
 
 
@@ -10,3 +14,14 @@ def test_ten_kills_change_nothing(tmp_path):
     found = kill_loop.kill_loop(tmp_path / "whole", tmp_path / "killed", 10, 0)
     assert kill_loop.within(found), found
     assert found["steps"] == [24] and found["compared"] > 50
+
+
+def test_an_older_checkpoint_that_lacks_a_file_is_seen(tmp_path):
+    folder = tmp_path / "killed" / "checkpoints"
+    with checkpoints.Checkpointer(folder, {}) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"params": {"kernel": jnp.arange(9.0)}}, {})
+    kill_loop.check_visible(tmp_path)
+    next(path for path in (folder / "1" / "state").rglob("*") if path.is_file()).unlink()
+    with pytest.raises(RuntimeError, match=r"checkpoints/1: state/.*: no such file"):
+        kill_loop.check_visible(tmp_path)

@@ -120,6 +120,8 @@ def test_answers_are_parsed(answer, found, expected):
     ("thus \\boxed{x^2+1}.", "\\boxed{1+x^2}", 1, 0),
     ("\\boxed{(3, \\frac{\\pi}{2})}", "\\boxed{\\left(3,\\frac{\\pi}{2}\\right)}", 1, 0),
     ("7", "seven is 7", 1, 0), ("\\boxed{east}", "\\boxed{\\text{East}}", 1, 0), ("\\boxed{east}", "\\boxed{seat}", 0, 0),
+    ("\\boxed{\\text{even}}", "\\boxed{\\mbox{even}}", 1, 0), ("even", "\\boxed{\\operatorname{even}}", 1, 0),
+    ("even", "\\boxed{\\sqrt{even}}", 0, 0),
     ("\\boxed{\\sqrt{abcd}}", "\\boxed{abcd}", 0, 0), ("#### blue", "blue", 1, 0), ("blue", "It may be.", 0, 1),
 ])
 def test_final_answers_are_compared_as_mathematics(response, answer, right, unparsable):

@@ -185,15 +185,16 @@ def test_audit_of_a_config_knows_what_is_tested(tmp_path):
     rows = [{"q": f"question {i}", "a": "AB"[i % 2]} for i in range(10)]
     write(tmp_path, "a.json", rows)
     write(tmp_path, "b.json", [{"q": "question 3", "a": "B"}, {"q": "another", "a": "A"}])
+    write(tmp_path, "c.json", [{"q": "another", "a": "A"}, {"q": "a third", "a": "B"}])
     write(tmp_path, "config.py", f"""
 import ml_collections
 def get_config():
     columns = {{"columns": {{"prompt": "q", "response": "a"}}}}
-    a, b = ({{"file_name": name, **columns}} for name in ("a.json", "b.json"))
+    a, b, c = ({{"file_name": name, **columns}} for name in ("a.json", "b.json", "c.json"))
     return ml_collections.ConfigDict({{"tasks": {{"one": {{"split": "train", "train": a}},
-                                                 "two": {{"split": "test", "train": b, "test": b}}}}}})
+                                                 "two": {{"split": "test", "train": c, "test": b}}}}}})
 # {len(rows)} rows
 """)
     done = run_module("data_pipeline.datasets", "audit", "--config=config.py", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "one train" in done.stdout, done.stderr
-    assert "finding: two test: 1 of 2 prompts occur in training, first 'question 3' in one train" in done.stdout
+    assert "finding: two test: 2 of 2 prompts occur in training, first 'question 3' in one train" in done.stdout  # one in its own

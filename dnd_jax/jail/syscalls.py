@@ -1,7 +1,7 @@
 """The system calls that generated code may make, as a seccomp filter: what isn't named here is refused. Standard library only.
 
 Not named, so refused: sockets, new processes and programs, signals, tracing, mounts, shared memory, io_uring, whatever changes
-owners, modes, times, links or folders, and all calls that newer kernels add. Four are allowed by their arguments.
+owners, modes, times, links or folders, and all calls that newer kernels add. Three are allowed by their arguments.
 """
 
 import ctypes

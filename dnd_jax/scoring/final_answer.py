@@ -10,6 +10,8 @@ import numpy as np
 from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
+TEXT_COMMAND = r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf|tt)|operatorname)\{"
+IN_WORDS = rf"\s*(?:{TEXT_COMMAND})?\s*([A-Za-z]{{4,}}(?:[ -][A-Za-z]+)*)\s*\}}?\.?\s*"
 
 def extract(text: str) -> str:
     r"""Return what stands behind the last `####`, or else in the last `\boxed{}`; without either nothing."""
@@ -41,8 +43,7 @@ def parse(text: str, *, whole: bool = False) -> list[Any]:
 
 def words(text: str) -> str:
     r"""Return a final answer in words, small, of which mathematics would make a product of letters: four of these or more."""
-    pattern = r"\s*(?:\\(?:text[a-z]*|mathrm)\{)?\s*([A-Za-z]{4,}(?:[ -][A-Za-z]+)*)\s*\}?\.?\s*"
-    found = re.fullmatch(pattern, extract(text) or text)
+    found = re.fullmatch(IN_WORDS, extract(text) or text)
     return found[1].lower() if found else ""
 
 

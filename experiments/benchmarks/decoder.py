@@ -53,7 +53,7 @@ DECODERS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "tenants": ((14, 14, 48), *tenants.get_config().decoder.blocks, (30, 4, 66)),
     "small": ((16, 64, 96), (16, 48, 64), (64, 32, 48), (128, 16, 48), (256, 10, 34)),
     "wide": ((16, 64, 128), (64, 32, 128), (128, 16, 128), (256, 10, 130)),
-    "layer": ((256, 50, 200), (512, 50, 200)),  # the third of the 0.5B decoder at true size
+    "layer": ((256, 50, 200), (512, 50, 200)),  # `layers_3` of the 0.5B decoder, at true size
     "k11": ((256, 18, 514), (308, 18, 514)),  # the last convolution of the 7B decoder, channels scaled down
 }
 SLOW = ("k11",)  # at batch 1 only
@@ -306,6 +306,9 @@ def main(args: Any) -> None:
         return _measure_here(args)
     if accelerator.in_own_process(accelerator.backend).get("backend", "cpu") != "cpu":  # who asks, holds it
         return accelerator.measure_all(args.json)
+    if not _cases(args):
+        raise InputError(f"--only={args.only} --taps={args.taps} --batch={args.batch}: none of the rows; batches are 1 and 16, "
+                         f"k11 has k = 11 and batch 1 only")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if not args.compile or not compiler:
         print("torch.compile is left out" + ("" if compiler else ": no C++ compiler"))

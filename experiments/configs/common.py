@@ -1,4 +1,4 @@
-"""What the paper's experiments share: models, collecting and training settings (arXiv 2506.16406; `reference.md` has the table).
+"""What the paper's experiments share: models, collecting and training settings (arXiv 2506.16406).
 
 Dataset files are `data/<name>_train.json` and `data/<name>_test.json`, lists of prompt, response and system, made from the
 sets that the paper names. Of `collect`, rank, learning rate, cosine, warm-up, dtype, cut-off, rows and checkpoints are the
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 # hub name, LoRA rank, and the fields of its config.json that decide the shapes of its adapters
@@ -71,7 +72,7 @@ def published(
     config.model = {**shapes, "condition_width": width}
     config.tasks = dict(listed)
     config.encoder = {**encoder, "length": length}
-    config.condition = {"prompts": prompts, "form": form, "pool": pool}
+    config.condition = {"prompts": prompts, "form": form, "pool": pool or placeholder(int)}
     config.collect = {
         "out": f"runs/{name}/adapters", "rank": rank, "alpha": 2 * rank, "dropout": 0.0, "target_modules": ALL_LINEAR,
         "initial_seed": 42, "seed_per_task": False, "learning_rate": 1e-4, "continued_learning_rate": 1e-5,
@@ -79,8 +80,8 @@ def published(
         "multi_task_steps": 300, "max_length": cut_off, "max_rows": rows,
         "dtype": "bfloat16", "accumulate": 4, "checkpointing": model != "0.5b", "quantize": "none",
     }
-    config.export = {"store": f"runs/{name}/store", "chunk": None, "gauge": "none"}
-    config.decoder = {"blocks": tuple(blocks), "kernel_size": kernel_size, "shortened": shortened}
+    config.export = {"store": f"runs/{name}/store", "chunk": placeholder(int), "gauge": "none"}
+    config.decoder = {"blocks": tuple(blocks), "kernel_size": kernel_size, "shortened": shortened or placeholder(int)}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.train = {
         "steps": steps, "batch_size": batch_size, "learning_rate": 3e-5, "warmup_steps": 1, "weight_decay": 0.1, "clip_norm": 1.0,

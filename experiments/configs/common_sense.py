@@ -1,5 +1,5 @@
-"""Common sense, leave one out, Qwen2.5-0.5B: train on six question sets, generate for the seventh, and
-across domains for a science set that is never trained on.
+"""Common sense, leave one out, Qwen2.5-0.5B: train on six question sets (WinoGrande: on four), generate for
+the one left out, and across domains for a science set that is never trained on.
 
     python -m experiments.run --config=experiments/configs/common_sense.py:ARC-c --workdir=runs/common_sense/ARC-c
 

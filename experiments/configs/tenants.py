@@ -9,6 +9,7 @@ Hardware: 2 CPU cores, 4 GB. Expected: the table in the README.
 """
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 OPTIONS = {"seed": "0", "smoke": "", "gauge": ""}
 
@@ -29,7 +30,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.base = f"{root}/base"
     config.tasks = f"{root}/tasks.json"
     config.encoder = {"name": f"{root}/encoder", "length": 14}
-    config.condition = {"prompts": 14, "form": "prompt", "pool": None}
+    config.condition = {"prompts": 14, "form": "prompt", "pool": placeholder(int)}
 
     config.collect = {
         "out": f"{root}/adapters" + ("-seeds" if options["gauge"] else ""),
@@ -41,8 +42,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "dtype": "float32", "accumulate": 1, "checkpointing": False, "quantize": "none",
     }
     gauge = options["gauge"]
-    config.export = {"store": f"{root}/store" + (f"-{gauge}" if gauge else ""), "chunk": None, "gauge": gauge or "none"}
-    config.decoder = {"blocks": ((24, 10, 48), (32, 8, 48), (32, 6, 48)), "kernel_size": 5, "shortened": None}
+    store = f"{root}/store" + (f"-{gauge}" if gauge else "")
+    config.export = {"store": store, "chunk": placeholder(int), "gauge": gauge or "none"}
+    config.decoder = {"blocks": ((24, 10, 48), (32, 8, 48), (32, 6, 48)), "kernel_size": 5, "shortened": placeholder(int)}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.train = {
         "steps": 4 if smoke else 700, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 3.0,
