@@ -5,9 +5,9 @@
 Each station in turn is killed (SIGKILL, all its processes), in turns after a time drawn uniformly from its undisturbed duration
 and at its first write (of a checkpoint, if it is training) or within MOMENT of it; training starts again on a mesh drawn anew.
 After each kill everything that has a final name must open and agree with its hashes; how many kills came amid a write, and so
-left something half-written under a temporary name, is said. In the end adapters and store must be equal bit for bit; parameters,
-losses and the generated adapter, which other meshes round otherwise, within TOLERANCE. Hardware: 2 CPU cores, 6 to 20 seconds a
-kill.
+left something half-written under a temporary name, is said. Whenever a station gets to its end, adapters and store must be equal
+bit for bit; parameters, losses and the generated adapter, which other meshes round otherwise, within TOLERANCE. Hardware: 2 CPU
+cores, 6 to 20 seconds a kill.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -82,19 +83,21 @@ def undisturbed(folder: pathlib.Path) -> dict[str, float]:
     return seconds
 
 
-def disturb(folder: pathlib.Path, name: str, kills: int, seconds: float, rng: random.Random) -> tuple[list[tuple[int, ...]], int]:
+def disturb(whole: pathlib.Path, folder: pathlib.Path, name: str, kills: int, seconds: float, rng: random.Random
+            ) -> tuple[list[tuple[int, ...]], int, list[dict[str, Any]]]:
     """Kill a station `kills` times, checking what is there each time, then let it finish.
 
     Returns:
-      The meshes it ran on, and how many kills left something half-written under a temporary name.
+      The meshes it ran on, how many kills left something half-written under a temporary name, and of each time that it got to
+      its end how its results differ from those of `whole`.
     """
     meshes: list[tuple[int, ...]] = []
-    amid = 0
+    amid, results = 0, []
     while kills:
         meshes.append(rng.choice(MESHES))
         before = temporaries(folder / ROOT)
         process = start(folder, name, meshes[-1])
-        if writing := kills % 2:
+        if writing := kills % 2 == 0:
             while process.poll() is None and not any(WRITES.get(name, "") in p for p, _ in temporaries(folder / ROOT) - before):
                 time.sleep(0.001)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -106,12 +109,13 @@ def disturb(folder: pathlib.Path, name: str, kills: int, seconds: float, rng: ra
             amid += bool(temporaries(folder / ROOT) - before)
         else:
             finish(process)
+            results.append(compare(name, whole / ROOT, folder / ROOT))
             shutil.rmtree(folder / STATIONS[name][1])  # nothing left to kill: do it again
         check_visible(folder / ROOT)
     meshes.append(rng.choice(MESHES))
     finish(start(folder, name, meshes[-1]))
     check_visible(folder / ROOT)
-    return meshes, amid
+    return meshes, amid, [*results, compare(name, whole / ROOT, folder / ROOT)]
 
 
 def temporaries(root: pathlib.Path) -> set[tuple[str, int]]:
@@ -153,10 +157,10 @@ def named(folder: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
 
 
-def bytes_of(root: pathlib.Path) -> dict[str, str]:
-    """Return hashes of all files of runs and store; of `run.json` without the seconds that it took."""
+def bytes_of(root: pathlib.Path, part: str) -> dict[str, str]:
+    """Return hashes of all files of runs or store; of `run.json` without the seconds that it took."""
     found = {}
-    for path in sorted(p for part in ("adapters", "store") for p in (root / part).rglob("*") if p.is_file()):
+    for path in sorted(p for p in (root / part).rglob("*") if p.is_file()):
         name = str(path.relative_to(root))
         if any(part.startswith(".") for part in path.relative_to(root).parts):
             continue
@@ -167,25 +171,30 @@ def bytes_of(root: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def compare(whole: pathlib.Path, killed: pathlib.Path) -> dict[str, Any]:
-    """Return how two pipelines' results differ: the files that do, and the largest differences of the rest."""
-    ours, theirs = bytes_of(killed / ROOT), bytes_of(whole / ROOT)
-    runs = [folder / ROOT / "killed" for folder in (killed, whole)]
-    steps, params = zip(*(checkpoints.load_latest(run / "checkpoints") for run in runs), strict=True)
-    lines = [{entry["step"]: entry for entry in logs.read_metrics(run)} for run in runs]
+def compare(name: str, whole: pathlib.Path, killed: pathlib.Path) -> dict[str, Any]:
+    """Return how a station's results differ in two pipelines: the files that do, or the largest differences."""
+    if name in ("collect", "export"):
+        ours, theirs = (bytes_of(root, STATIONS[name][1].name) for root in (killed, whole))
+        return {"compared": theirs.keys(), "files": {file for file, _ in ours.items() ^ theirs.items()}}
+    if name == "generate":
+        return {"adapter": largest(*(adapters.read(root / "generated" / "mine")[0] for root in (killed, whole)))}
+    steps, params = zip(*(checkpoints.load_latest(root / "killed" / "checkpoints") for root in (killed, whole)), strict=True)
+    lines = [{entry["step"]: entry for entry in logs.read_metrics(root / "killed")} for root in (killed, whole)]
     losses = [abs(lines[0][step][name] / entry[name] - 1) if step in lines[0] else math.inf
               for step, entry in lines[1].items() for name in ("loss", "validation_loss") if name in entry]
-    trees = [adapters.read(folder / ROOT / "generated" / "mine")[0] for folder in (killed, whole)]
-    return {
-        "files": sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)),
-        "compared": len(theirs), "steps": sorted({*steps}), "parameters": largest(*params), "losses": max(losses),
-        "adapter": largest(*trees),
-    }
+    return {"steps": {*steps}, "parameters": largest(*params), "losses": float(np.max(losses))}
+
+
+def worst(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the most that results differ by."""
+    sets = {key: sorted({item for found in results for item in found.get(key, ())}) for key in ("files", "compared", "steps")}
+    numbers = {key: float(np.max([found[key] for found in results if key in found])) for key in TOLERANCE}
+    return sets | {"compared": len(sets["compared"])} | numbers
 
 
 def largest(a: Any, b: Any) -> float:
-    """Return the largest absolute difference of two trees."""
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)))
+    """Return the largest absolute difference of two trees; NaN, if a number is."""
+    return float(np.max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), a, b))))
 
 
 def kill_loop(whole: pathlib.Path, killed: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
@@ -201,13 +210,15 @@ def kill_loop(whole: pathlib.Path, killed: pathlib.Path, kills: int, seed: int) 
         shutil.copyfile(whole / ROOT / part, killed / ROOT / part)
     shutil.copyfile(whole / "prompts.txt", killed / "prompts.txt")
     meshes: list[tuple[int, ...]] = []
+    results: list[dict[str, Any]] = []
     total = 0
     for number, name in enumerate(STATIONS):
         share = (kills + len(STATIONS) - 1 - number) // len(STATIONS)
-        ran, amid = disturb(killed, name, share, seconds[name], rng)
-        meshes, total = meshes + (ran if name == "train" else []), total + amid
-        print(f"{name}: {share} kills, {amid} of them amid a write, undisturbed {seconds[name]:.1f} s", flush=True)
-    return compare(whole, killed) | {"meshes": sorted({*meshes}), "restarts of training": len(meshes) - 1, "amid a write": total}
+        ran, amid, found = disturb(whole, killed, name, share, seconds[name], rng)
+        meshes, total, results = meshes + (ran if name == "train" else []), total + amid, results + found
+        print(f"{name}: {share} kills, {amid} of them amid a write, {len(found)} times at its end, undisturbed "
+              f"{seconds[name]:.1f} s", flush=True)
+    return worst(results) | {"meshes": sorted({*meshes}), "restarts of training": len(meshes) - 1, "amid a write": total}
 
 
 def within(found: dict[str, Any]) -> bool:
