@@ -79,6 +79,8 @@ def tidy(folder: pathlib.Path) -> None:
 def _lose_metrics(path: pathlib.Path) -> None:
     if (path / METRICS).is_dir():
         shutil.rmtree(path / METRICS)
+    elif (path / METRICS).parent.is_file():
+        (path / METRICS).parent.unlink()
     files.write_json(path / METRICS, {})
     checksums.renew(path, METRICS)
 

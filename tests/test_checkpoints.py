@@ -301,7 +301,8 @@ def test_a_failed_write_costs_no_older_checkpoint_where_it_cannot_even_be_said(t
 @pytest.mark.parametrize("break_it", [
     lambda path: (path / "_CHECKPOINT_METADATA").write_text("[1]"),
     lambda path: ((path / checksums.NAME).unlink(), (path / checkpoint_folders.METRICS).write_text('{"validation_loss": null}')),
-    lambda path: ((path / checkpoint_folders.METRICS).unlink(), (path / checkpoint_folders.METRICS).mkdir())])
+    lambda path: ((path / checkpoint_folders.METRICS).unlink(), (path / checkpoint_folders.METRICS).mkdir()),
+    lambda path: (shutil.rmtree(path / "metrics"), (path / "metrics").write_text("{}"))])
 def test_damage_to_an_older_checkpoint_keeps_no_later_one_from_being_saved(folder, break_it):
     break_it(folder / "2")
     checkpointer = checkpoints.Checkpointer(folder, ABOUT, last=3)
