@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from dnd_jax import prompts
+from dnd_jax.adapters.architecture import VISION_TOWER
 from dnd_jax.images import Reader
 from dnd_jax.types import InputError
 
 DTYPES = ("float32", "bfloat16")
 QUANTISED = ("none", "nf4")
-VISION_TOWER = r".*(visual|vision).*"  # has layers of the same names as the language tower
 IGNORED = -100  # the label of what isn't learned
 
 

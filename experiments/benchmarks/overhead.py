@@ -105,7 +105,7 @@ def measure_lora(config: ml_collections.ConfigDict, vocabulary: int, length: int
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     c = config.collect
-    shapes = {key: value for key, value in config.model.to_dict().items() if key != "condition_width"}
+    shapes = {key: value for key, value in config.model.to_dict().items() if key not in ("condition_width", "vision_config")}
     place = ("cuda", getattr(torch, c.dtype)) if torch.cuda.is_available() else ("cpu", torch.float32)
     model: Any = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, **shapes))
     model = fine_tuning.add_lora(model.to(*place), c, 0)

@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 # hub name, LoRA rank, and the fields of its config.json that decide the shapes of its adapters
-MODELS: dict[str, tuple[str, int, dict[str, int]]] = {
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", 8, {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2,
                                                "intermediate_size": 4864, "num_hidden_layers": 24}),
     "1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", 16, {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2,
@@ -22,7 +22,8 @@ MODELS: dict[str, tuple[str, int, dict[str, int]]] = {
     "7b": ("Qwen/Qwen2.5-7B-Instruct", 16, {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
                                             "intermediate_size": 18944, "num_hidden_layers": 28}),
     "vl-3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 16, {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2,
-                                                  "intermediate_size": 11008, "num_hidden_layers": 36}),
+                                                  "intermediate_size": 11008, "num_hidden_layers": 36,
+                                                  "vision_config": {}}),  # of whose tower no adapter is made
 }
 MINILM = {"kind": "sentence", "name": "sentence-transformers/all-MiniLM-L12-v2"}
 MINILM_WIDTH = 384
