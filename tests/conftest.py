@@ -216,6 +216,9 @@ def small_base(architecture: str, **changes):
         "classifier": lambda: t.Qwen2ForSequenceClassification(t.Qwen2Config(**sizes | {"pad_token_id": 0}, num_labels=3)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes)),
         "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**sizes, head_dim=4)),
+        "gemma4": lambda: t.Gemma4ForCausalLM(t.Gemma4TextConfig(
+            **sizes | {"num_hidden_layers": 4}, layer_types=["sliding_attention", "full_attention"] * 2, attention_k_eq_v=True,
+            head_dim=4, global_head_dim=4, num_global_key_value_heads=2, hidden_size_per_layer_input=0, num_kv_shared_layers=0)),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, **experts, num_local_experts=3)),
         "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(
             **sizes, **experts, num_experts=3, moe_intermediate_size=12, head_dim=4)),

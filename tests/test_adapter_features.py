@@ -3,17 +3,20 @@
 import json
 import warnings
 
+import jax
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from conftest import small_base
+from flax.traverse_util import flatten_dict
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import config as variants
 
 from dnd_jax import adapters
 from dnd_jax.adapters import check, keys
+from dnd_jax.adapters.spec import scale_of
 
 QV = ["q_proj", "v_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -34,6 +37,8 @@ FEATURES = {
     "tied_module": ("tied", {"target_modules": QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
                     {keys.MODULE, keys.VOCABULARY}),
     "layers_to_transform": ("qwen2", {"target_modules": QV, "layers_to_transform": [1]}, set()),
+    "first_layer": ("qwen2", {"target_modules": QV, "layers_to_transform": 0}, set()),
+    "layers_without_values": ("gemma4", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, set()),
     "exclude_modules": ("qwen2", {"target_modules": "all-linear", "exclude_modules": ["down_proj", "q_proj"]}, set()),
     "regex": ("qwen2", {"target_modules": r".*layers\.1\..*(q|v)_proj"}, set()),
     "token_indices": ("qwen2", {"target_modules": QV, "trainable_token_indices": [1, 5]}, {keys.TOKENS}),
@@ -177,3 +182,34 @@ def test_half_precision_is_kept(tmp_path, dtype):
     scaled = plain["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_B"]
     np.testing.assert_array_equal(scaled[:, :2], np.float32(2.5) * np.asarray(
         tree["model"]["layers"]["0"]["self_attn"]["q_proj"]["lora_B"], np.float32))
+
+
+@pytest.mark.parametrize("leaf,made", [("bfloat16", "float32"), ("float16", "float32"), ("float64", "float64")])
+def test_portable_of_another_dtype_is_what_is_written_as_trained(tmp_path, leaf, made):
+    """A generated tree is float32, whatever the training runs' adapters were."""
+    make_adapter(tmp_path, "rslora")
+    tree, spec = adapters.read(tmp_path / "adapter")
+    tree = jax.tree.map(lambda x: x.astype(np.float64) * (1 + 1e-9) if leaf == "float64" else x, tree)
+    spec = adapters.Spec(spec.config, {path: adapters.Leaf(found.shape, leaf) for path, found in spec.leaves.items()})
+    adapters.write(tmp_path / "faithful", tree, spec)
+    written, _ = adapters.read(tmp_path / "faithful")
+    plain, plain_spec = adapters.portable(tree, spec)
+    scale = scale_of(spec.modules[0], spec.config)
+    for module in spec.modules:
+        _, b = spec.pair(module)
+        found, expected = (np.asarray(flatten_dict(t, sep="/")[b]) for t in (plain, written))
+        assert found.dtype == plain_spec.leaves[b].dtype == made
+        np.testing.assert_allclose(found[:, :2], expected.astype(np.float64) * scale, rtol=1e-15 if leaf == "float64" else 1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_more_names_of_embeddings_and_convolutions_in_groups(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["query_key_value"])).save_pretrained(
+        tmp_path / "neox", save_embedding_layers=True)
+    assert keys.count_kinds(adapters.read(tmp_path / "neox")[1]) == {keys.VOCABULARY: 2}
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=2), torch.nn.Conv2d(8, 8, 3))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"])).save_pretrained(tmp_path / "groups")
+    assert keys.count_kinds(adapters.read(tmp_path / "groups")[1]) == {keys.MATRIX: 4}

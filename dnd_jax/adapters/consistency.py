@@ -13,10 +13,12 @@ from dnd_jax.types import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embeddings")
+EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embeddings", "embed_in", "embed_out", "shared",
+                   "tok_embeddings")
 HEADS = ("classifier", "score")  # PEFT has both names in the config of every classifier, and a model has one of them
 # what reads from the residual stream, and what writes to it: as wide in every layer of a stack
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+SHARED = ("k_proj", "v_proj")  # which Gemma 3n and 4 lack in layers that take another's keys, or their keys for values
 NESTED = re.compile(r"\.lora_[AB](\.|$)")
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -35,7 +37,8 @@ def check_pair(module: str, shapes: Shapes, config: Mapping[str, Any]) -> None:
     blocks, is_stack = _blocks(config), _is_stack(module, config)
     for key, found in ((a, shapes[a][0]), (b, shapes[b][1])):
         experts = is_stack and found % rank == 0 and shapes[a][0] == shapes[b][1]
-        if found not in (rank, rank / blocks) and not experts:
+        grouped = key == b and len(shapes[b]) > 2 and rank % found == 0  # of a convolution in groups B has the ranks of one
+        if found not in (rank, rank / blocks) and not experts and not grouped:
             raise InputError(f"{key} is {list(shapes[key])} of rank {found}, the config says {rank}")
     if not is_stack:
         _check_vectors(module, shapes, config)
@@ -141,7 +144,8 @@ def check_widths(modules: Iterable[str], shapes: Shapes) -> None:
 def check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:
     """Raise InputError where a block of one layer lacks a module that the same block has in another layer.
 
-    Only where the config names modules by their last names; layers whose blocks have no module in common are of two sorts.
+    Only where the config names modules by their last names; layers whose blocks have no module in common are of two sorts, and
+    keys or values that several layers lack are so by their architecture.
     """
     targets = config.get("target_modules")
     listed = [*targets, *(config.get("exclude_modules") or ())] if isinstance(targets, list) else ["."]
@@ -152,7 +156,8 @@ def check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:
         block, _, name = module.rpartition(".")
         blocks[_in_any_layer(block)][block].add(name)
     for layers in blocks.values():
-        union = set().union(*layers.values())
+        count = collections.Counter(name for names in layers.values() for name in names)
+        union = {name for name, found in count.items() if name not in SHARED or found >= len(layers) - 1}
         for block, names in sorted(layers.items()):
             missing = sorted(union - names)
             if missing and any(names & other and set(missing) & other for other in layers.values()):

@@ -64,7 +64,8 @@ def sglang_obstacles(spec: Spec) -> list[str]:
 def portable(tree: Tree, spec: Spec) -> tuple[Tree, Spec]:
     """Return the same adapter as plain LoRA: the scale folded into B, one rank that vLLM takes, alpha = r, no patterns.
 
-    Ranks are filled up with zeros. B keeps its dtype where that holds the scaled values exactly, else it becomes float32.
+    Ranks are filled up with zeros. B, rounded to the spec's dtype before as `write` does, keeps that where it holds the scaled
+    values exactly, else it becomes float32 (float64 stays as it is).
 
     Raises:
       InputError: something that plain LoRA can't express, or a rank above 512.
@@ -93,16 +94,17 @@ def portable(tree: Tree, spec: Spec) -> tuple[Tree, Spec]:
 
 
 def _scaled(b: np.ndarray, scale: float, dtype: str) -> np.ndarray:
-    scaled = np.asarray(b, np.float32) * np.float32(scale)
+    wide = np.promote_types(dtype, np.float32)
     with np.errstate(over="ignore"):
+        scaled = b.astype(dtype).astype(wide) * wide.type(scale)
         cast = scaled.astype(dtype)
-    return cast if np.array_equal(cast.astype(np.float32), scaled) else scaled
+    return cast if np.array_equal(cast.astype(wide), scaled) else scaled
 
 
 def _targets(spec: Spec) -> list[str]:
     """Return short module names where the config gives them without exceptions, else every module by its full name."""
     targets = spec.config.get("target_modules")
-    exceptions = any(spec.config.get(field) for field in ("exclude_modules", "layers_to_transform"))
+    exceptions = spec.config.get("exclude_modules") or spec.config.get("layers_to_transform") not in (None, [])
     if isinstance(targets, list) and not exceptions:
         return sorted(targets)
     return sorted(spec.modules)
