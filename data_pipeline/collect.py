@@ -66,8 +66,8 @@ def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
 def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
     """Return what a run depends on: prompts, base model, LoRA config and training settings, with hashes."""
     return {
-        "task": run.name, "split": run.split, "base": base_identity(config.base), "seed": config.seed,
-        "files": {str(source): source.sha256() for source in run.sources},
+        "task": run.name, "split": run.split, "base": prompts.base_identity(config.base), "seed": config.seed,
+        "files": {source.key: source.sha256() for source in run.sources},
         "collect": cli.config_dict(config.collect) | {"out": None},
         "steps": run.steps, "checkpoints": run.checkpoints, "initial_seed": initial_seed(config, run),
     }
@@ -77,17 +77,6 @@ def initial_seed(config: ml_collections.ConfigDict, run: Run) -> int:
     """Return the seed of a run's initial A: one for all, as published, or with `seed_per_task` one made of its name."""
     c = config.collect
     return c.initial_seed + (int(files.sha256_text(run.name)[:6], 16) if c.seed_per_task else 0)
-
-
-def base_identity(base: str) -> dict[str, str]:
-    """Return a base model's name and a hash: of a folder's config and weights, or a hub repository's commit."""
-    if pathlib.Path(base).is_dir():
-        folder = pathlib.Path(base)
-        weights = files.sha256_files(sorted(folder.glob("*.safetensors"))) + files.sha256_files(folder.glob("config.json"))
-        return {"name": base, "sha256": files.sha256_text(weights)}
-    from transformers import AutoConfig
-
-    return {"name": base, "sha256": str(getattr(AutoConfig.from_pretrained(base), "_commit_hash", None))}
 
 
 def is_finished(folder: pathlib.Path, expected: dict[str, Any]) -> bool:

@@ -163,7 +163,7 @@ def fine_tune(model: Any, examples: Sequence[Example], fill: int, c: ml_collecti
       examples: of one task.
       fill: token id of padding.
       c: `config.collect`.
-      seed: what alone the order of examples depends on.
+      seed: what alone the order of examples and dropout depend on.
       steps: before the first checkpoint.
       checkpoints: steps that are saved.
       save: is called with the number of each.
@@ -177,6 +177,7 @@ def fine_tune(model: Any, examples: Sequence[Example], fill: int, c: ml_collecti
     losses, order = [], torch.empty(0, dtype=torch.long)
     warmup = max(1, math.ceil(c.warmup_ratio * steps))
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    torch.manual_seed(seed + process)
     parts = c.accumulate * processes
     model.train()
     for step in range(steps + checkpoints):

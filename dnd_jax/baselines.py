@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from dnd_jax.adapters import Leaf, Spec
+from dnd_jax.adapters.profiles import beyond_lora
 from dnd_jax.adapters.spec import rank_of, scale_of
+from dnd_jax.types import InputError
 
 Flat = dict[str, np.ndarray]
 
@@ -21,7 +23,13 @@ def weighted_mean(adapters: Sequence[Flat], weights: Sequence[float] | np.ndarra
 
 
 def mean_product(adapters: Sequence[Flat], spec: Spec) -> tuple[Flat, Spec]:
-    """Return an adapter whose product B A is the mean of the adapters' products, exactly: ranks side by side, scales in B."""
+    """Return an adapter whose product B A is the mean of the adapters' products, exactly: ranks side by side, scales in B.
+
+    Raises:
+      InputError: adapters that are more than products, such as DoRA, of which it would not be the mean.
+    """
+    if more := beyond_lora(spec):
+        raise InputError(f"no mean product: the adapters have {', '.join(more)}")
     rank = len(adapters) * max(rank_of(module, spec.config) for module in spec.modules)
     flat = {}
     for module in spec.modules:
@@ -65,24 +73,20 @@ def top_k_weights(similarity: Float[np.ndarray, " K"], k: int, temperature: floa
 
 
 class Ridge:
-    """Ridge regression from a pooled, standardised embedding to all weights: the linear rival of the decoder."""
+    """Ridge regression from a pooled, standardised embedding to all weights: the linear rival of the decoder.
+
+    In its dual form, where a prediction is a weighted sum of adapters: nothing is of the size of embedding times weights.
+    """
 
     def __init__(self, embeddings: Float[np.ndarray, "S C"], adapters: Sequence[Flat], penalty: float):
         """Fit sample s to adapter s; the penalty is relative to the number of samples."""
-        self._paths = {path: value.shape for path, value in adapters[0].items()}
-        targets = np.stack([np.concatenate([a[p].ravel() for p in self._paths]) for a in adapters]).astype(np.float64)
-        self._mean, self._scale = embeddings.mean(0), embeddings.std(0) + 1e-6
-        self._offset = targets.mean(0)
-        x = (embeddings - self._mean) / self._scale
-        gram = x.T @ x + penalty * len(x) * np.eye(x.shape[1])
-        self._weights = np.linalg.solve(gram, x.T @ (targets - self._offset))
+        self._adapters, self._mean, self._scale = adapters, embeddings.mean(0), embeddings.std(0) + 1e-6
+        x = ((embeddings - self._mean) / self._scale).astype(np.float64)
+        self._dual = np.linalg.solve(x @ x.T + penalty * len(x) * np.eye(len(x)), x)
 
     def __call__(self, embedding: Float[np.ndarray, " C"]) -> Flat:
         """Predict an adapter, float32."""
-        vector = ((embedding - self._mean) / self._scale) @ self._weights + self._offset
-        flat, start = {}, 0
-        for path, shape in self._paths.items():
-            size = int(np.prod(shape))
-            flat[path] = vector[start : start + size].reshape(shape).astype(np.float32)
-            start += size
-        return flat
+        weights = self._dual @ ((embedding - self._mean) / self._scale)
+        weights += (1 - weights.sum()) / len(weights)  # what isn't explained is the mean
+        return {path: sum(w * a[path].astype(np.float64) for w, a in zip(weights, self._adapters, strict=True)).astype(np.float32)
+                for path in self._adapters[0]}

@@ -21,7 +21,8 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from dnd_jax import adapters, baselines, cli, encoders, files, harm, logs, pairs, prompts, report, score, scoring
+from dnd_jax import adapters, baselines, checksums, cli, encoders, files, harm, logs, pairs, prompts, report, score, scoring
+from dnd_jax.adapters import Spec
 from dnd_jax.audit import audit
 from dnd_jax.baselines import Flat
 from dnd_jax.generate import Generator
@@ -31,7 +32,8 @@ from dnd_jax.scoring.kinds import Scores
 from dnd_jax.tasks import MULTI_TASK, SPLITS, read_tasks, step_folders
 from dnd_jax.types import InputError
 
-MakeAdapter = Callable[[pairs.Task, int], Flat]
+Adapter = tuple[Flat, Spec]
+MakeAdapter = Callable[[pairs.Task, int], Adapter]
 
 
 class Evaluation:
@@ -44,16 +46,16 @@ class Evaluation:
         self.unrelated = [(path, kind, prompts.read_rows(path)) for path, kind in self.e.unrelated]
         self.store = pairs.open_store(config.export.store)
         self.generator = Generator(workdir)
-        if self.generator.about["layout"] != self.store.manifest["layout"]:
-            raise InputError(f"{workdir}: its layout is not that of {config.export.store}")
         listed = read_tasks(config.tasks)
+        check_belonging(config, self.store, self.generator.about, str(workdir), {task.name: task.split for task in listed})
         self.rows = {"train": {task.name: prompts.read_rows(task.train) for task in listed},
                      "test": {task.name: prompts.read_rows(task.test) for task in listed if task.test}}
         self.train, self.validation, self.test = (self.store.split(s) for s in SPLITS)
         if not self.test:
             raise InputError(f"{config.export.store}: has no test task, on which the rungs are compared; give a task that split")
         self._check_rows({task.name: task.test or task.train for task in listed})
-        self.known = [self.adapter(task.name) for task in self.train]
+        self.collected = {name: self._read(name) for name in (*(task.name for task in (*self.train, *self.test)), MULTI_TASK)}
+        self.known = [self.collected[task.name][0] for task in self.train]
         self.embeddings = np.stack([baselines.pool(task.condition) for task in self.train])
         self.model = scoring.Model(config.base, self.store.spec, self.e.batch_size, self.e.max_new_tokens)
 
@@ -66,10 +68,17 @@ class Evaluation:
         for path, kind, rows in self.unrelated:
             kinds.check_rows(kind, rows, path)
 
-    def adapter(self, run: str) -> Flat:
-        """Return the last checkpoint of a collected run."""
-        last = step_folders(pathlib.Path(self.config.collect.out) / run)[-1]
-        return flatten_dict(adapters.read(last)[0], sep="/")
+    def _read(self, run: str) -> Adapter:
+        """Return the last checkpoint of a collected run, as it is; raise InputError if it isn't what was written."""
+        folder = pathlib.Path(self.config.collect.out) / run
+        if fault := checksums.fault(folder):
+            raise InputError(f"{folder}/{fault}; move the run away and collect it again")
+        tree, spec = adapters.read(step_folders(folder)[-1])
+        return flatten_dict(tree, sep="/"), spec
+
+    def made(self, flat: Flat) -> Adapter:
+        """Return an adapter that no run gave, with what those of the store hold beside A and B."""
+        return flat, self.store.spec
 
     def draw(self, task: pairs.Task, draw: int) -> np.ndarray:
         """Return the condition `[N, L, C]` of one prompt draw; the same for every rung."""
@@ -84,42 +93,83 @@ class Evaluation:
         """Score what the model answers to rows as it is now."""
         return kinds.score(kind, self.model, rows, samples=self.e.samples, temperature=self.e.temperature, **how)
 
-    def score_adapter(self, flat: Flat, task: pairs.Task) -> Scores:
+    def use(self, adapter: Adapter) -> None:
+        """Let the model answer with an adapter."""
+        flat, spec = adapter
+        self.model.use(unflatten_dict(flat, sep="/"), spec)
+
+    def score_adapter(self, adapter: Adapter, task: pairs.Task) -> Scores:
         """Score what the model answers to a task with an adapter."""
-        self.model.use(unflatten_dict(flat, sep="/"), self.store.spec)
+        self.use(adapter)
         return self.score_task(task)
 
     def validate(self, make: MakeAdapter) -> float:
-        """Return the mean score on the rows of validation tasks over prompt draws."""
-        return float(np.mean(np.concatenate([self.score_adapter(make(task, d), task).main
-                                             for task in self.validation for d in range(self.e.draws)])))
+        """Return the mean over validation tasks and prompt draws of the mean score on a task's rows."""
+        return float(np.mean([self.score_adapter(make(task, d), task).main.mean()
+                              for task in self.validation for d in range(self.e.draws)]))
 
     def best(self, candidates: Iterable[tuple[Any, MakeAdapter]]) -> tuple[Any, MakeAdapter]:
         """Return the candidate that is best on validation tasks, the first of equals."""
         return max(candidates, key=lambda candidate: self.validate(candidate[1]))
 
 
+def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about: dict[str, Any], workdir: str,
+                    listed: Mapping[str, str]) -> None:
+    """Raise InputError unless config, store, decoder and base are of one experiment, so that what is held out is held out.
+
+    Args:
+      config: of the experiment.
+      store: that of the config.
+      about: what the decoder's checkpoint says of itself.
+      workdir: for messages.
+      listed: the split of each task of the config.
+    """
+    def compare(what: str, found: Any, expected: Any, place: str = workdir) -> None:
+        if found != expected:
+            raise InputError(f"{place}: {what} {str(found)[:300]}, {store.folder} says {str(expected)[:300]}")
+
+    compare("its layout is", about["layout"], store.manifest["layout"])
+    compare("its encoder is", about["encoder"], store.manifest["encoder"])
+    if about["embeddings"]:  # a decoder from elsewhere may have none
+        compare("it was trained on", sorted(about["embeddings"]), sorted(task.name for task in store.split("train")))
+    for name, entry in store.manifest["tasks"].items():
+        compare(f"the split of {name} is", listed.get(name), entry["split"], "config.tasks")
+    known = store.manifest["base"]["sha256"]
+    compare(f"{config.base} has sha256", prompts.base_identity(config.base)["sha256"], known, "config.base")
+
+
 # --- rungs -----------------------------------------------------------------------------------------------------------
 
 
-def fixed(flat: Flat) -> MakeAdapter:
+def fixed(adapter: Adapter) -> MakeAdapter:
     """Return the rung that gives every task the same adapter."""
-    return lambda task, draw: flat
+    return lambda task, draw: adapter
 
 
 def best_single(ev: Evaluation) -> tuple[str, MakeAdapter]:
     """Choose the training adapter that serves the validation tasks best."""
-    scores = [np.mean([ev.score_adapter(flat, t).main.mean() for t in ev.validation])
-              for flat in tqdm(ev.known, desc="best single", leave=False)]
-    chosen = int(np.argmax(scores))
-    return ev.train[chosen].name, fixed(ev.known[chosen])
+    names = [task.name for task in ev.train]
+    scores = [np.mean([ev.score_adapter(ev.collected[name], t).main.mean() for t in ev.validation])
+              for name in tqdm(names, desc="best single", leave=False)]
+    chosen = names[int(np.argmax(scores))]
+    return chosen, fixed(ev.collected[chosen])
+
+
+def similarities(ev: Evaluation, task: pairs.Task, draw: int) -> np.ndarray:
+    """Return how alike a draw of a task's prompts is to those of every training task."""
+    return baselines.similarities(baselines.pool(ev.draw(task, draw)), ev.embeddings)
+
+
+def nearest(ev: Evaluation) -> MakeAdapter:
+    """Take the training adapter of the most similar prompts."""
+    return lambda task, draw: ev.collected[ev.train[int(np.argmax(similarities(ev, task, draw)))].name]
 
 
 def top_k(ev: Evaluation, k: int, temperature: float) -> MakeAdapter:
-    """Weigh the k training adapters of the most similar prompts; k = 1 is the nearest."""
-    def make(task: pairs.Task, draw: int) -> Flat:
-        similarity = baselines.similarities(baselines.pool(ev.draw(task, draw)), ev.embeddings)
-        return baselines.weighted_mean(ev.known, baselines.top_k_weights(similarity, k, temperature))
+    """Weigh the k training adapters of the most similar prompts."""
+    def make(task: pairs.Task, draw: int) -> Adapter:
+        weights = baselines.top_k_weights(similarities(ev, task, draw), k, temperature)
+        return ev.made(baselines.weighted_mean(ev.known, weights))
     return make
 
 
@@ -128,16 +178,16 @@ def ridge(ev: Evaluation, penalty: float) -> MakeAdapter:
     draws = range(100, 100 + ev.e.ridge_draws)
     x = np.stack([baselines.pool(ev.draw(task, d)) for task in ev.train for d in draws])
     model = baselines.Ridge(x, [flat for flat in ev.known for _ in draws], penalty)
-    return lambda task, draw: model(baselines.pool(ev.draw(task, draw)))
+    return lambda task, draw: ev.made(model(baselines.pool(ev.draw(task, draw))))
 
 
 def generated(ev: Evaluation, shuffled: bool = False) -> MakeAdapter:
     """Generate from the task's prompts, or shuffled from those of the next test task; of another task if there is one only."""
     others = ev.test if len(ev.test) > 1 else [*ev.test, *ev.validation, *ev.train]
 
-    def make(task: pairs.Task, draw: int) -> Flat:
+    def make(task: pairs.Task, draw: int) -> Adapter:
         source = others[(others.index(task) + 1) % len(others)] if shuffled else task
-        return flatten_dict(ev.generator(ev.draw(source, draw)), sep="/")
+        return ev.made(flatten_dict(ev.generator(ev.draw(source, draw)), sep="/"))
     return make
 
 
@@ -146,10 +196,10 @@ def random_text(ev: Evaluation) -> MakeAdapter:
     encoder = encoders.make(ev.generator.about["encoder"])
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz     "))
 
-    def make(task: pairs.Task, draw: int) -> Flat:
+    def make(task: pairs.Task, draw: int) -> Adapter:
         rng = np.random.default_rng((ev.config.seed, 3, draw, *task.name.encode()))
         texts = ["".join(rng.choice(letters, 40)) for _ in range(ev.generator.prompts)]
-        return flatten_dict(ev.generator(encoder(texts)), sep="/")
+        return ev.made(flatten_dict(ev.generator(encoder(texts)), sep="/"))
     return make
 
 
@@ -157,7 +207,7 @@ def choosing_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
     """Return the rungs that leave something open, and what is best on the validation tasks."""
     single, use_single = best_single(ev)
     (k, temperature), use_top_k = ev.best([((k, t), top_k(ev, k, t)) for k in ev.e.top_k for t in ev.e.temperatures])
-    penalty, use_ridge = ev.best([(p, ridge(ev, p)) for p in ev.e.penalties])
+    penalty, use_ridge = ev.best((p, ridge(ev, p)) for p in ev.e.penalties)
     return {"best_single": (use_single, single), "weighted_topk": (use_top_k, f"k = {k}, temperature {temperature}"),
             "ridge": (use_ridge, f"penalty {penalty}")}
 
@@ -166,15 +216,15 @@ def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
     """Return every rung that is an adapter of the store's rank, with what it chose on the validation tasks."""
     rng = np.random.default_rng((ev.config.seed, 4))
     return {
-        "mean_adapter": (fixed(baselines.weighted_mean(ev.known, np.ones(len(ev.known)))), ""),
+        "mean_adapter": (fixed(ev.made(baselines.weighted_mean(ev.known, np.ones(len(ev.known))))), ""),
         **(choosing_rungs(ev) if ev.validation else {}),
-        "nearest": (top_k(ev, 1, 1.0), ""),
-        "random": (fixed(baselines.random_like(ev.known, rng)), ""),
-        "multi_task": (fixed(ev.adapter(MULTI_TASK)), ""),
+        "nearest": (nearest(ev), ""),
+        "random": (fixed(ev.made(baselines.random_like(ev.known, rng))), ""),
+        "multi_task": (fixed(ev.collected[MULTI_TASK]), ""),
         "dnd": (generated(ev), f"step {ev.generator.step}"),
         "dnd_shuffled": (generated(ev, shuffled=True), ""),
         "dnd_random_text": (random_text(ev), ""),
-        "in_task": (lambda task, draw: ev.adapter(task.name), ""),
+        "in_task": (lambda task, draw: ev.collected[task.name], ""),
     }
 
 
@@ -184,9 +234,11 @@ def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[Scores]]], dict[str, st
     scores = {"base": [[ev.score_task(task, adapter=False)] for task in ev.test],
               "in_context": [[ev.score_task(task, adapter=False, examples=shown)]
                              for task, shown in zip(ev.test, examples, strict=True)]}
-    flat, spec = baselines.mean_product(ev.known, ev.store.spec)
-    ev.model.use(unflatten_dict(flat, sep="/"), spec)
-    scores["mean_product"] = [[ev.score_task(task)] for task in ev.test]
+    try:
+        ev.use(baselines.mean_product(ev.known, ev.store.spec))
+        scores["mean_product"] = [[ev.score_task(task)] for task in ev.test]
+    except InputError as error:
+        print(f"mean_product is left out: {error}")
     rungs = adapter_rungs(ev)
     for name, (make, _) in tqdm(rungs.items(), desc="rungs"):
         draws = ev.e.draws if name in report.DRAWN else 1
@@ -196,12 +248,12 @@ def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[Scores]]], dict[str, st
 
 def harms(ev: Evaluation) -> dict[str, Any]:
     """Score the generated and the in-task adapters on `config.evaluate.unrelated`."""
-    def ask(kind: str, rows: Sequence[Row], flat: Flat | None) -> Scores:
-        if flat is not None:
-            ev.model.use(unflatten_dict(flat, sep="/"), ev.store.spec)
-        return ev.score_rows(kind, rows, known={row.response for row in rows}, adapter=flat is not None)
+    def ask(kind: str, rows: Sequence[Row], adapter: Adapter | None) -> Scores:
+        if adapter is not None:
+            ev.use(adapter)
+        return ev.score_rows(kind, rows, known={row.response for row in rows}, adapter=adapter is not None)
 
-    made = {"dnd": [generated(ev)(task, 0) for task in ev.test], "in_task": [ev.adapter(task.name) for task in ev.test]}
+    made = {"dnd": [generated(ev)(task, 0) for task in ev.test], "in_task": [ev.collected[task.name] for task in ev.test]}
     return harm.measure(ev.unrelated, made, ask)
 
 

@@ -86,6 +86,18 @@ def load_base(base: str, **options: Any) -> Any:
         raise InputError(f"{base}: no model: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
+def base_identity(base: str) -> dict[str, str]:
+    """Return a base model's name and a hash: of a folder's config and weights, or a hub repository's commit."""
+    if pathlib.Path(base).is_dir():
+        folder = pathlib.Path(base)
+        weights = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+        return {"name": base, "sha256": files.sha256_text(
+            files.sha256_files(weights) + files.sha256_files(folder.glob("config.json")))}
+    from transformers import AutoConfig
+
+    return {"name": base, "sha256": str(getattr(AutoConfig.from_pretrained(base), "_commit_hash", None))}
+
+
 def messages(row: Row) -> list[dict[str, str]]:
     """Return a prompt as a chat."""
     return [*([{"role": "system", "content": row.system}] if row.system else []), {"role": "user", "content": row.prompt}]

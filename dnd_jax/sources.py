@@ -68,6 +68,11 @@ class Source:
     def __str__(self) -> str:
         return "/".join(part for part in (self.place, self.subset, self.split) if part)
 
+    @property
+    def key(self) -> str:
+        """A name that no other source has: that of a file, or all fields."""
+        return self.place if self == Source(self.place) else repr(self)
+
     def sha256(self) -> str:
         """Return a hash of a file's bytes, or of the rows where they don't follow from these alone."""
         if self == Source(self.place) and pathlib.Path(self.place).is_file():

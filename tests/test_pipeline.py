@@ -9,10 +9,10 @@ import pytest
 import safetensors.numpy
 from conftest import ROOT, run_module
 
-from dnd_jax import adapters, checkpoints, checksums, pairs, tokens
+from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, tokens
 from dnd_jax.encoders import SentenceEncoder
 from experiments import run
-from experiments.configs import common_sense
+from experiments.configs import common_sense, tenants
 
 CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
 
@@ -211,6 +211,42 @@ def test_one_command_of_a_paper_experiment_ends_with_its_ladder(tmp_path, monkey
     assert commands[3][2:] == ["--prompts=runs/common_sense/ARC-c/store/tasks/ARC-c/prompts.json", "--out=w/generated/ARC-c"]
     assert commands[-1] == ["dnd_jax.evaluate", "--config=c.py", "--workdir=w"]
     assert run.stations(config, ["--config=c.py"], "w", 2, True)[-1] == [*commands[-1], "--despite_findings"]
+
+
+@pytest.mark.parametrize("change,message", [
+    ("decoder", r"run: it was trained on \['another', .*/store says \["), ("encoder", "run: its encoder is .*'length': 15.*store says"),
+    ("layout", "run: its layout is"), ("split", "config.tasks: the split of .* is train, .*store says test"),
+    ("base", "config.base: .*/other has sha256 .*, .*store says")])
+def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, tmp_path, monkeypatch, change, message):
+    """A decoder of another split has been trained on what is held out here; on another base all answers are noise."""
+    monkeypatch.chdir(smoke)
+    config = tenants.get_config("smoke").unlock()
+    store, about = pairs.open_store(root / "store"), checkpoints.load_best(root / "run" / "checkpoints")[2]
+    listed = {name: entry["split"] for name, entry in store.manifest["tasks"].items()}
+    evaluate.check_belonging(config, store, about, "run", listed)
+    if change == "decoder":
+        about["embeddings"] = {"another": [0.0]} | about["embeddings"]
+    elif change == "encoder":
+        about["encoder"] = about["encoder"] | {"length": 15}
+    elif change == "layout":
+        about["layout"] = about["layout"] | {"chunk": 7}
+    elif change == "split":
+        listed[store.split("test")[0].name] = "train"
+    else:
+        config.base = shutil.copytree(root / "base", tmp_path / "other")
+        (config.base / "config.json").write_text("{}")
+    with pytest.raises(adapters.InputError, match=message):
+        evaluate.check_belonging(config, store, about, "run", listed)
+
+
+def test_a_run_that_was_changed_is_not_evaluated(root, smoke, tmp_path):
+    shutil.copytree(root / "adapters", tmp_path / "adapters")
+    name = pairs.open_store(root / "store").split("test")[0].name
+    path = next((tmp_path / "adapters" / name).glob("step_*")) / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    done = run_module("dnd_jax.evaluate", CONFIG, f"--config.collect.out={tmp_path}/adapters",
+                      f"--workdir={root.relative_to(smoke)}/run", cwd=smoke, check=False)
+    assert done.returncode == 1 and f"{name}/{path.parent.name}/adapter_config.json: sha256 is" in done.stderr
 
 
 def test_a_ladder_without_validation_tasks_and_with_one_test_task(root, smoke, tmp_path):

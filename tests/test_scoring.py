@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_module, small_base
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dnd_jax import score
+from dnd_jax import adapters, baselines, score
 from dnd_jax.scoring import Model, choice, final_answer, kinds
 from dnd_jax.sources import Row
 from dnd_jax.types import InputError
@@ -161,6 +163,38 @@ def test_samples_differ_and_are_the_same_again(base):
     assert {a.strip() for a in model.sample(rows, 4, 1e-3)[0]} == {model.answer(rows)[0]}
 
 
+def test_a_base_own_settings_of_generation_do_not_count(base, tmp_path):
+    """Qwen's bases penalise repetitions, those of the prompt's words too; only where they end an answer is theirs."""
+    shutil.copytree(base, tmp_path / "base")
+    path = tmp_path / "base" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 3.0, "top_k": 1, "temperature": 0.1}))
+    rows = choice_rows()
+    plain, other = (Model(str(folder), None, 8, 6) for folder in (base, tmp_path / "base"))
+    assert plain.answer(rows) == other.answer(rows)
+    assert plain.sample(rows[:3], 4, 1.0) == other.sample(rows[:3], 4, 1.0)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": list(range(plain.model.config.vocab_size))}))
+    short, long = Model(str(tmp_path / "base"), None, 8, 6).answer(rows), plain.answer(rows)
+    assert all(b.startswith(a) for a, b in zip(short, long, strict=True)) and short != long
+
+
+def test_one_adapter_after_another_whatever_their_configs(base, adapter):
+    """Mean products of one adapter have its rank and another scale; two adapters with biases can't be in a model at once."""
+    tree, spec = adapters.read(adapter)
+    rows, flat = choice_rows(4), flatten_dict(tree, sep="/")
+    model = Model(str(base), spec, 8, 4)
+    model.use(tree, spec)
+    own = np.stack(model.loglikelihood(rows, choice.options(rows)))
+    for copies in (1, 2):
+        product, wide = baselines.mean_product([flat] * copies, spec)
+        model.use(unflatten_dict(product, sep="/"), wide)
+        np.testing.assert_allclose(np.stack(model.loglikelihood(rows, choice.options(rows))), own, atol=1e-4)
+    biased = dataclasses.replace(spec, config={**spec.config, "bias": "lora_only"})
+    for scale in (1, 2):
+        model.use(tree, dataclasses.replace(biased, config={**biased.config, "lora_alpha": scale * spec.config["lora_alpha"]}))
+        again = np.stack(model.loglikelihood(rows, choice.options(rows)))
+        assert np.allclose(again, own, atol=1e-4) == (scale == 1)
+
+
 def test_code_is_sampled_run_and_counted(base):
     class Fixed(Model):
         """A model that writes what it is told, since a miniature can't write programs."""
@@ -185,8 +219,6 @@ def test_command_scores_base_and_adapter(base, adapter, tmp_path):
     done = run_module(*command, f"--adapter={adapter}", "--out=scores.json", cwd=tmp_path)
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["n"] == len(rows) and result["metrics"].keys() == {"choice", "loglikelihood"} and "unparsable" in done.stdout
-    from dnd_jax import adapters
-
     tree, spec = adapters.read(adapter)
     model = Model(str(base), spec, 7, 4)
     model.use(tree, spec)
@@ -215,10 +247,6 @@ def test_a_word_of_the_task_is_parsable_whatever_white_space_its_response_has(ba
 
 
 def test_an_adapter_of_another_base_is_refused(base, adapter):
-    from flax.traverse_util import flatten_dict, unflatten_dict
-
-    from dnd_jax import adapters
-
     tree, spec = adapters.read(adapter)
     model = Model(str(base), spec, 2, 4)
     flat = flatten_dict(tree)
@@ -270,8 +298,6 @@ print(json.dumps({task: {k.split(",")[0]: v for k, v in values.items() if isinst
 
 
 def test_lm_evaluation_harness_gives_the_same_accuracy(base, adapter, tmp_path):
-    from dnd_jax import adapters
-
     tree, spec = adapters.read(adapter)
     model = Model(str(base), spec, 8, 4)
     model.use(tree, spec)

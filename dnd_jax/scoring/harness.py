@@ -46,7 +46,8 @@ def export(folder: files.PathLike, name: str, kind: str, rows: Sequence[Row], ba
         "doc_to_text": "context", "target_delimiter": ""}
     answer = {
         "output_type": "generate_until", "doc_to_target": "response", "process_results": "!function utils.process_results",
-        "generation_kwargs": {"until": [tokenizer.eos_token], "do_sample": False, "max_gen_toks": max_new_tokens},
+        "generation_kwargs": {"until": [tokenizer.eos_token], "do_sample": False, "repetition_penalty": 1.0,
+                              "max_gen_toks": max_new_tokens},
         "metric_list": [_metric(kind), _metric("unparsable")]}
     tasks = {f"{name}_{kind}": common | answer}
     if kind == "choice":

@@ -17,7 +17,7 @@ from dnd_jax.images import Reader
 from dnd_jax.prompts import Row
 from dnd_jax.types import InputError, Tree
 
-IDS = "input_ids"
+IDS, NAME = "input_ids", "adapter"
 # What is asked: token ids under IDS, and of rows with images their tensors, and which tokens are theirs.
 Question = dict[str, Any]
 
@@ -27,33 +27,38 @@ class Model:
 
     def __init__(self, base: str, spec: Spec | None, batch_size: int, max_new_tokens: int):
         import torch
+        from transformers import GenerationConfig
 
         self.base, self._batch_size, self._max_new_tokens = base, batch_size, max_new_tokens
         self.tokenizer = prompts.load_tokenizer(base)
         model = prompts.load_base(base)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
+        # A base's other settings, as the penalty on repetitions that Qwen's have, would make greedy answers others than greedy.
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
         if spec:
             from peft import get_peft_model
 
             with _fitting(base):
-                model = get_peft_model(model, _lora_config(spec), adapter_name=_name(spec))
+                model = get_peft_model(model, _lora_config(spec), adapter_name=NAME)
         self.model: Any = model.eval()
+        self._config = spec.config if spec else None
 
     def use(self, tree: Tree, spec: Spec) -> None:
         """Answer with this adapter from now on; raise InputError if it is none of the base's."""
         import torch
         from peft import set_peft_model_state_dict
 
-        name = _name(spec)
-        if name not in self.model.peft_config:
+        if spec.config != self._config:
+            self.model.delete_adapter(NAME)
             with _fitting(self.base):
-                self.model.add_adapter(name, _lora_config(spec))
-        self.model.set_adapter(name)
+                self.model.add_adapter(NAME, _lora_config(spec))
+            self.model.set_adapter(NAME)
+            self._config = spec.config
         flat = flatten_dict(tree, sep="/")
         state = {adapters.key_of(p): torch.from_numpy(np.ascontiguousarray(v, np.float32)) for p, v in flat.items()}
         state |= {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in spec.carried.items()}
         with _fitting(self.base):
-            found: Any = set_peft_model_state_dict(self.model, state, adapter_name=name)
+            found: Any = set_peft_model_state_dict(self.model, state, adapter_name=NAME)
         if found.unexpected_keys:
             raise InputError(f"{self.base}: the adapter is none of this base's: {len(found.unexpected_keys)} of its tensors have "
                              f"no place there, first {found.unexpected_keys[0]}")
@@ -197,10 +202,6 @@ def _fitting(base: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{base}: the adapter is none of this base's: {' '.join(str(error).split())[:300]}") from error
-
-
-def _name(spec: Spec) -> str:
-    return f"rank_{spec.config['r']}"
 
 
 def _lora_config(spec: Spec) -> Any:
