@@ -51,6 +51,8 @@ def plan_runs(config: ml_collections.ConfigDict) -> list[Run]:
     tasks = read_tasks(config.tasks)
     c = config.collect
     union = tuple(task.train for task in tasks if task.split == "train")
+    if not union:
+        raise InputError(f"{config.tasks}: no task has the split 'train', on which adapters could be learned from")
     runs = [Run(task.name, task.split, (task.train,), c.steps, c.checkpoints) for task in tasks]
     return [Run(MULTI_TASK, "baseline", union, c.multi_task_steps, 1), *runs]
 
@@ -141,6 +143,8 @@ def main(args: Any) -> None:
     config = ml_collections.FrozenConfigDict(args.config)
     together = int(os.environ.get("WORLD_SIZE", "1"))  # as accelerate launch says
     fine_tuning.check(config.collect, together)
+    if config.seed < 0:
+        raise InputError(f"config.seed is {config.seed}, expected at least 0")
     runs = take_shard(plan_runs(config), args.shard)
     prompts.load_tokenizer(config.base)
     todo = [run for run in runs if not is_finished(pathlib.Path(config.collect.out) / run.name, identity(config, run))]

@@ -30,10 +30,14 @@ def audit_sets(trained: Mapping[str, Sequence[Row]], test: Mapping[str, Sequence
     lines = [f"{'data set'.ljust(width)}    rows  labels  majority  chance  distribution"]
     for name, facts in tasks.items():
         choice = (f"{facts['majority']:8.1%}  {facts['chance']:6.1%}  "
-                  + ", ".join(f"{label} {share:.0%}" for label, share in list(facts["distribution"].items())[:6])
+                  + ", ".join(f"{_in_line(label)} {share:.0%}" for label, share in list(facts["distribution"].items())[:6])
                   if "majority" in facts else "       -       -")
         lines.append(f"{name.ljust(width)}  {facts['rows']:6d}  {facts['labels']:6d}  {choice}")
     return "\n".join(lines), findings
+
+
+def _in_line(label: str) -> str:
+    return " ".join(label.split()).encode(errors="backslashreplace").decode()
 
 
 def sets_of_config(config: Any) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:

@@ -141,6 +141,9 @@ def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:
     runs = [run for run in collect.plan_runs(config) if run.name != MULTI_TASK]
     collected = {run.name: pathlib.Path(config.collect.out) / run.name for run in runs}
     records = {str(folder): files.read_json(folder / "run.json") for folder in collected.values()}
+    for name, record in records.items():
+        if not isinstance(record, dict) or "base" not in record:
+            raise InputError(f"{name}/run.json: doesn't say on which base, found {str(record)[:60]!r}; collect it again")
     base = prompts.base_identity(config.base)
     found = [f"{name}: collected on base {record['base']}, the config's is {base}"
              for name, record in records.items() if record["base"] != base]

@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dnd_jax.scoring.choice import FEW_LABELS, list_of
 from dnd_jax.sources import Row, image_text
-
-FEW_LABELS = 20  # with more distinct responses a set isn't one of choice
 
 
 def audit(test: Mapping[str, Sequence[Row]], trained: Mapping[str, Sequence[Row]], *, ngram: int | None = None) -> dict[str, Any]:
@@ -38,13 +37,21 @@ def audit(test: Mapping[str, Sequence[Row]], trained: Mapping[str, Sequence[Row]
 
 
 def _facts(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return rows, distinct responses, and of sets of choice the majority's share and chance."""
-    labels = Counter(label for row in rows if (label := row.response.strip()))
+    """Return rows, distinct responses, and of sets of choice the majority's share and chance.
+
+    A response that is the text of one of the prompt's options counts as the label before it.
+    """
+    labels = Counter(label for row in rows if (label := _label(row)))
     facts: dict[str, Any] = {"rows": len(rows), "labels": len(labels)}
     if 0 < len(labels) <= FEW_LABELS:
         facts |= {"majority": max(labels.values()) / labels.total(), "chance": 1 / len(labels),
                   "distribution": {label: count / labels.total() for label, count in labels.most_common()}}
     return facts
+
+
+def _label(row: Row) -> str:
+    response = row.response.strip()
+    return next((label for label, text in list_of(row.prompt).items() if text == response), response)
 
 
 def _faults(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:

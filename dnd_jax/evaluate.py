@@ -41,8 +41,7 @@ class Evaluation:
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
         self.config, self.e = config, config.evaluate
-        for kind in (self.e.scoring, *(kind for _, kind in self.e.unrelated)):
-            kinds.check(kind)
+        check(self.e)
         self.unrelated = [(path, kind, prompts.read_rows(path)) for path, kind in self.e.unrelated]
         self.store = pairs.open_store(config.export.store)
         self.generator = Generator(workdir)
@@ -111,6 +110,21 @@ class Evaluation:
     def best(self, candidates: Iterable[tuple[Any, MakeAdapter]]) -> tuple[Any, MakeAdapter]:
         """Return the candidate that is best on validation tasks, the first of equals."""
         return max(candidates, key=lambda candidate: self.validate(candidate[1]))
+
+
+def check(e: ml_collections.ConfigDict) -> None:
+    """Raise InputError at settings of `config.evaluate` that no rung can be asked with."""
+    for kind in (e.scoring, *(kind for _, kind in e.unrelated)):
+        kinds.check(kind)
+    for field, least in {"draws": 1, "batch_size": 1, "max_new_tokens": 1, "samples": 1, "in_context_examples": 0,
+                         "ridge_draws": 1}.items():
+        if e[field] < least:
+            raise InputError(f"config.evaluate.{field} is {e[field]}, expected at least {least}")
+    for field in ("top_k", "temperatures", "penalties"):
+        if not e[field] or min(e[field]) <= 0:
+            raise InputError(f"config.evaluate.{field} is {tuple(e[field])}, expected positive numbers, one at least")
+    if e.temperature <= 0:
+        raise InputError(f"config.evaluate.temperature is {e.temperature}, expected a positive number")
 
 
 def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about: dict[str, Any], workdir: str,
@@ -302,6 +316,9 @@ def define_flags() -> None:
 def main(args: Any) -> None:
     if args.data is not None:
         return score.main(args)
+    if given := [name for name in ("base", "scoring", "adapter", "out", "lm_eval") if getattr(args, name) is not None]:
+        raise InputError(f"command line: --{' and --'.join(given)} without --data; of the ladder config.evaluate says what is "
+                         "asked, and --workdir where the report is written")
     if args.config is None or args.workdir is None:
         raise InputError("command line: expected --config and --workdir, for the ladder, or --base and --data, for one file")
     return climb(args.config, pathlib.Path(args.workdir), args.despite_findings)

@@ -98,5 +98,5 @@ def opened(image: Any) -> Iterator[Any]:
     try:
         with Image.open(image) as found:
             yield found
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{image}: {error}") from error

@@ -33,8 +33,8 @@ def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[st
     differences: dict[str, Any] = {}
     for name in (name for name in ORDER if name in found):
         mean, interval = bootstrap.interval(scores[name])
-        strange = np.concatenate([draw.unparsable for task in found[name] for draw in task])
-        rungs[name] = {"mean": mean, "ci95": interval, "unparsable": float(np.mean(strange)),
+        strange = float(np.mean([[draw.unparsable.mean() for draw in task] for task in found[name]]))
+        rungs[name] = {"mean": mean, "ci95": interval, "unparsable": strange,
                        "per_task": {t: float(s.mean()) for t, s in zip(tasks, scores[name], strict=True)}}
         if others:
             rungs[name]["metrics"] = {other: float(np.mean([[d.metrics[other].mean() for d in task] for task in found[name]]))

@@ -21,7 +21,7 @@ from dnd_jax.types import InputError
 def define_flags() -> None:
     flags.DEFINE_string("base", None, "Folder or hub name of the base model; with --data.")
     flags.DEFINE_string("data", None, "Dataset file to score.")
-    flags.DEFINE_string("scoring", "exact", f"One of {', '.join(kinds.KINDS)}.")
+    flags.DEFINE_string("scoring", None, f"One of {', '.join(kinds.KINDS)}; by default exact.")
     flags.DEFINE_string("adapter", None, "Adapter folder; without, the base alone is scored.")
     flags.DEFINE_string("out", None, "JSON file for the scores.")
     flags.DEFINE_string("lm_eval", None, "Write a task folder of lm-evaluation-harness there instead of scoring.")
@@ -32,21 +32,22 @@ def define_flags() -> None:
 
 
 def main(args: Any) -> None:
-    kinds.check(args.scoring)
+    scoring = args.scoring or "exact"
+    kinds.check(scoring)
     if args.base is None:
         raise InputError(f"command line: --data={args.data} needs --base")
     rows = prompts.read_rows(args.data)
-    kinds.check_rows(args.scoring, rows, args.data)
+    kinds.check_rows(scoring, rows, args.data)
     if args.lm_eval:
-        names = harness.export(args.lm_eval, pathlib.Path(args.data).stem, args.scoring, rows, args.base, args.max_new_tokens)
+        names = harness.export(args.lm_eval, pathlib.Path(args.data).stem, scoring, rows, args.base, args.max_new_tokens)
         print(f"{args.lm_eval}: {', '.join(names)}, {len(rows)} rows")
         return
     tree, spec = adapters.read(args.adapter) if args.adapter else (None, None)
     model = Model(args.base, spec, args.batch_size, args.max_new_tokens)
     if spec:
         model.use(tree, spec)
-    result = {"base": args.base, "adapter": args.adapter, "data": args.data, "scoring": args.scoring}
-    result |= summary(args.scoring, model, rows, args.samples, args.temperature)
+    result = {"base": args.base, "adapter": args.adapter, "data": args.data, "scoring": scoring}
+    result |= summary(scoring, model, rows, args.samples, args.temperature)
     values = {**result["metrics"], "unparsable": result["unparsable"]}
     print(", ".join(f"{name} {value:.1%}" for name, value in values.items()), f"of {len(rows)} rows", flush=True)
     if args.out:

@@ -30,7 +30,8 @@ DEFAULT_COLUMNS: tuple[dict[str, str], ...] = (
 COLUMNS = ("prompt", "query", "response", "system", "images", "messages")
 SPEAKERS = {"human": "prompt", "user": "prompt", "gpt": "response", "assistant": "response", "system": "system"}
 TAGS = {"user_tag": "prompt", "assistant_tag": "response", "system_tag": "system"}
-ENTRY = ("file_name", "hf_hub_url", "subset", "split", "num_samples", "formatting", "columns", "tags")
+ENTRY: dict[str, type] = {"file_name": str, "hf_hub_url": str, "subset": str, "split": str, "num_samples": int, "formatting": str,
+                          "columns": Mapping, "tags": Mapping}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def parse(value: Any, folder: pathlib.Path, where: str) -> Source:
     """Return the source that a task or a registry names; files are relative to `folder`.
 
     Raises:
-      InputError: unknown fields or columns, or a file that isn't there; the message begins with `where`.
+      InputError: unknown fields or columns, values of another kind, or a file that isn't there; the message begins with `where`.
     """
     if isinstance(value, str):
         value = {"file_name": value}
@@ -93,17 +94,19 @@ def parse(value: Any, folder: pathlib.Path, where: str) -> Source:
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: a source is {str(value)[:60]!r}, expected a file's name or a mapping")
     if "registry" in value:
-        path = folder / value["registry"]
-        known = files.read_json(path)
-        if value.get("name") not in known:
-            raise InputError(f"{where}: {path} has no data set {value.get('name')!r}, only {sorted(known)}")
-        return parse(known[value["name"]], path.parent, f"{path}: {value['name']}")
+        return _registered(value, folder, where)
+    for field, kind in ENTRY.items():
+        found = value.get(field)
+        texts = [text for pair in found.items() for text in pair] if isinstance(found, Mapping) else []
+        if not isinstance(found, kind | type(None)) or not all(isinstance(text, str) for text in texts):
+            expected = {Mapping: "names by their use", int: "a number", str: "a text"}[kind]
+            raise InputError(f"{where}: {field} is {str(found)[:60]!r}, expected {expected}")
     columns, tags = value.get("columns"), value.get("tags") or {}
-    if unknown := [*(set(value) - set(ENTRY)), *(set(columns or ()) - set(COLUMNS))]:
-        raise InputError(f"{where}: {sorted(unknown)} are unknown, expected some of {ENTRY}, with columns of {COLUMNS}")
+    if unknown := [*map(str, set(value) - set(ENTRY)), *(set(columns or ()) - set(COLUMNS))]:
+        raise InputError(f"{where}: {sorted(unknown)} are unknown, expected some of {tuple(ENTRY)}, with columns of {COLUMNS}")
     if value.get("formatting") == "sharegpt" and "messages" not in (columns or {}):
         columns = {"messages": "conversations"} | (columns or {})
-    if (samples := value.get("num_samples")) is not None and (not isinstance(samples, int) or samples < 1):
+    if (samples := value.get("num_samples")) is not None and (samples is True or samples < 1):
         raise InputError(f"{where}: num_samples is {samples!r}, expected a number of rows, at least 1")
     options = {key: value[key] for key in ("subset", "split", "num_samples") if value.get(key) is not None}
     if name := value.get("hf_hub_url"):
@@ -112,6 +115,21 @@ def parse(value: Any, folder: pathlib.Path, where: str) -> Source:
     if not path.exists():
         raise InputError(f"{where}: {path} is not there")
     return Source(str(path), columns=columns, tags=tags, **options)
+
+
+def _registered(reference: Mapping[str, Any], folder: pathlib.Path, where: str) -> Source:
+    """Return the source that an entry of a registry describes."""
+    registry, name = reference["registry"], reference.get("name")
+    if not isinstance(registry, str) or not isinstance(name, str):
+        raise InputError(f"{where}: registry is {str(registry)[:60]!r} and name {str(name)[:60]!r}, expected two texts")
+    path = folder / registry
+    known = files.read_json(path)
+    if not isinstance(known, dict) or name not in known:
+        there = sorted(known) if isinstance(known, dict) else "a list"
+        raise InputError(f"{where}: {path} has no data set {name!r}, only {there}")
+    if isinstance(known[name], dict) and "registry" in known[name]:
+        raise InputError(f"{path}: {name}: refers to another registry, expected a source")
+    return parse(known[name], path.parent, f"{path}: {name}")
 
 
 def read(source: files.PathLike | Source) -> list[Row]:
@@ -214,7 +232,8 @@ def _read_by_datasets(source: Source) -> list[Any]:
     rows = list(found)
     for name, feature in found.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            rows = [row | {name: feature.int2str(row[name])} if row[name] is not None else row for row in rows]
+            rows = [row | {name: feature.int2str(label) if (label := row[name]) is not None and label >= 0 else None}
+                    for row in rows]  # a label of -1 is none, as of test sets whose labels are kept back
     return rows
 
 

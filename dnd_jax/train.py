@@ -239,6 +239,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if t.on_failed_save not in ("stop", "continue"):
         raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")
     counts = ("accumulate", "batch_size", "keep_last", "log_every", "prefetch", "steps", "validate_every", "validation_draws")
+    if config.seed < 0:
+        raise InputError(f"config.seed is {config.seed}, expected at least 0")
     for field, value in {"condition.prompts": config.condition.prompts, "decoder.kernel_size": config.decoder.kernel_size,
                          **{f"train.{name}": t[name] for name in counts}}.items():
         if value < 1:

@@ -47,6 +47,14 @@ def test_free_text_has_no_majority():
     assert "majority" not in found["tasks"]["a"] and found["findings"] == []
 
 
+def test_the_right_option_always_in_one_place_is_named_whatever_its_text():
+    rows = [Row(f"Goal {i} ?\nA. use thing {i}\nB. use other {i}", f"use thing {i}") for i in range(50)]
+    found = audit({"piqa": rows}, {})
+    assert found["findings"] == ["piqa: every one of 50 responses is 'A'"] and found["tasks"]["piqa"]["labels"] == 1
+    fair = audit({"piqa": [*rows[:25], *(Row(row.prompt, row.prompt.rpartition("B. ")[2]) for row in rows[25:])]}, {})
+    assert fair["findings"] == [] and fair["tasks"]["piqa"]["distribution"] == {"A": 0.5, "B": 0.5}
+
+
 def test_the_same_question_about_another_picture_is_another():
     rows = [Row("what ?", "A", images=("a.png",)), Row("what ?", "B", images=("b.png",))]
     assert audit({"a": rows}, {"t": [Row("what ?", "A", images=("c.png",))]})["findings"] == []

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from dnd_jax.scoring import code
+from dnd_jax.scoring import code, kinds
 from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
@@ -49,5 +49,31 @@ def test_tests_may_be_plain_statements_and_need_a_function_to_check():
     row = Row("Write a function `double`.", "assert double(2) == 4")
     answers = ["```python\ndef double(x):\n    return 2 * x\n```", "def double(x): return x"]
     assert [outcome.passed for outcome in code.run_all([row], [answers])[0]] == [True, False]
-    with pytest.raises(InputError, match="no function to call it with: 'Write a function"):
-        code.program(Row("Write a function.", CHECK), "x = 1")
+
+
+@pytest.mark.parametrize("row,message", [
+    (Row("Write a function.", CHECK), "row 1: tests define `check`, and the prompt no function to call it with: 'Write a"),
+    (Row("def f():\n", "is four"), "row 1: the response is to be tests in Python: .*'is four'")])
+def test_rows_whose_tests_can_not_run_are_named_before_a_model_is_asked(row, message):
+    with pytest.raises(InputError, match=f"rows.json: {message}"):
+        kinds.check_rows("code", [Row(PROMPT, CHECK), row], "rows.json")
+
+
+SOLUTION = "def answer(x):\n    return [helper(n) + MOD for n in x]"
+CONTEXTS = {  # what stands in a prompt before its last function
+    "helpers and constants": "MOD = 10\n\n\ndef helper(x):\n    y = x\n\n    return y\n\n\n",
+    "imports of several lines": "from typing import (\n    List,\n)\nMOD = len([List]) + 9\nhelper = int\n\n",
+    "words": "Count from 1 to n and add ten.\nfrom 1 to n and returns the sums\n\nMOD = 10\nhelper = int\n",
+    "one word": "Solve\n\nMOD = 10\nhelper = int\n",
+}
+FENCES = ["{}", "```python3\n{}\n```", "```bash\npip install it\n```\nThen:\n```python\n{}\n```\n```text\n[11]\n```",
+          "First:\n```python\nprint(answer([1]))\n```\nwith\n```py\n{}\n```", "From the text I take:\nfrom here on\n\n{}"]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("fence", FENCES)
+def test_what_stands_before_the_function_counts_and_only_the_block_with_it(context, fence):
+    row = Row(CONTEXTS[context] + 'def answer(x):\n    """Add ten."""\n', "assert answer([1, 2]) == [11, 12]")
+    (outcome,) = code.run_all([row], [[fence.format(SOLUTION)]])[0]
+    assert outcome.passed, (outcome.reason, code.program(row, fence.format(SOLUTION)))
+

@@ -214,7 +214,8 @@ def test_one_command_of_a_paper_experiment_ends_with_its_ladder(tmp_path, monkey
 
 
 @pytest.mark.parametrize("change,message", [
-    ("decoder", r"run: it was trained on \['another', .*/store says \["), ("encoder", "run: its encoder is .*'length': 15.*store says"),
+    ("decoder", r"run: it was trained on \['another', .*/store says \["),
+    ("encoder", "run: its encoder is .*'length': 15.*store says"),
     ("layout", "run: its layout is"), ("split", "config.tasks: the split of .* is train, .*store says test"),
     ("base", "config.base: .*/other has sha256 .*, .*store says")])
 def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, tmp_path, monkeypatch, change, message):

@@ -115,6 +115,8 @@ def test_answers_are_parsed(answer, found, expected):
     ("so many\n#### 1,200", "The answer is $1200.", 1, 0),
     ("#### 12", "#### 12\n\nHow much are 13?", 1, 0),
     ("#### 12", "\\boxed{12.0}", 1, 0),
+    ("#### 18", "#### Step 2: Conclude\nTherefore \\boxed{18}.", 1, 0), ("#### 18", "#### Final Answer\n\n\\boxed{18}", 1, 0),
+    ("#### 18", "#### 1. Compute\n9*2 = 18. So \\boxed{18}", 1, 0), ("\\boxed{18}", "\\boxed{9}, no:\n#### 18", 1, 0),
     ("#### 12", "It is 13.", 0, 0),
     ("#### 12", "I don't know.", 0, 1),
     ("thus \\boxed{\\frac{1}{2}}.", "we get $\\boxed{0.5}$", 1, 0),
@@ -131,9 +133,10 @@ def test_final_answers_are_compared_as_mathematics(response, answer, right, unpa
     assert (found[0][0], found[1][0]) == (right, unparsable)
 
 
-def test_a_response_without_final_answer_is_named():
+@pytest.mark.parametrize("response", ["\\boxed{}", "#### ", "?", "\\boxed{!}"])
+def test_a_response_without_final_answer_is_named(response):
     with pytest.raises(InputError, match="row 0: the response has no final answer"):
-        final_answer.correct(["1"], [Row("?", "\\boxed{}")])
+        final_answer.correct(["1"], [Row("?", response)])
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_images_of_chats_are_carried_along(tmp_path):
 
 
 def save(folder, name):
-    rows = {"question": ["p", "q"], "answer": [1, 0]}
+    rows = {"question": ["p", "q", "kept back"], "answer": [1, 0, -1]}
     features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["no", "yes"])})
     train = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict({"train": train, "small": train.select([1])}).save_to_disk(folder / name)
@@ -82,10 +82,12 @@ COLUMNS = {"columns": {"prompt": "question", "response": "answer"}}
 
 def test_saved_folders_and_their_splits(tmp_path):
     save(tmp_path, "arrow")
-    for entry, expected in ((COLUMNS | {"file_name": "arrow"}, [Row("p", "yes"), Row("q", "no")]),
-                            (COLUMNS | {"file_name": "arrow", "split": "small"}, [Row("q", "no")]),
-                            (COLUMNS | {"file_name": "arrow-single"}, [Row("p", "yes"), Row("q", "no")])):
-        assert read_rows(sources.parse(entry, tmp_path, "task")) == expected
+    rows = [Row("p", "yes"), Row("q", "no"), Row("kept back", "")]
+    for entry, expected in ((COLUMNS | {"file_name": "arrow"}, rows), (COLUMNS | {"file_name": "arrow-single"}, rows),
+                            (COLUMNS | {"file_name": "arrow", "split": "small"}, rows[1:2])):
+        assert sources.read(sources.parse(entry, tmp_path, "task")) == expected
+    with pytest.raises(InputError, match="row 2 has no text in 'response'"):
+        read_rows(sources.parse(COLUMNS | {"file_name": "arrow"}, tmp_path, "task"))
     with pytest.raises(InputError, match=r"arrow/test: has no split 'test', only \['small', 'train'\]"):
         sources.read(sources.parse(COLUMNS | {"file_name": "arrow", "split": "test"}, tmp_path, "task"))
 
@@ -173,10 +175,22 @@ def test_broken_files_are_named(tmp_path, name, value, message):
     ({"file_name": "a.json", "columns": {"history": "h"}}, r"\['history'\] are unknown"), (3, "a source is '3'"),
     ({"registry": "info.json", "name": "b"}, r"info\.json has no data set 'b', only \['a'\]"),
     ({"registry": "info.json", "name": "a"}, r"info\.json: a: .*x\.json is not there"),
+    ({"registry": "a.json", "name": "b"}, r"a\.json has no data set 'b', only a list"),
+    ({"registry": 5, "name": "b"}, "registry is '5' and name 'b', expected two texts"),
+    ({"registry": "info.json", "name": ["a"]}, "expected two texts"),
+    ({"registry": "circle.json", "name": "a"}, r"circle\.json: a: refers to another registry"),
+    ({"file_name": "a.json", "columns": ["prompt"]}, r"columns is \"\['prompt'\]\", expected names by their use"),
+    ({"file_name": "a.json", "columns": {"prompt": 1}}, "columns is .*expected names by their use"),
+    ({"file_name": "a.json", "tags": "user_tag"}, "tags is 'user_tag', expected names by their use"),
+    ({"file_name": 7}, "file_name is '7', expected a text"),
+    ({"hf_hub_url": "a/b", "subset": 3}, "subset is '3', expected a text"),
+    ({"file_name": "a.json", "num_samples": "9"}, "num_samples is '9', expected a number"),
+    ({"file_name": "a.json", "num_samples": True}, "num_samples is True, expected a number of rows"),
 ])
 def test_sources_that_name_nothing_are_refused(tmp_path, value, message):
     write(tmp_path, "a.json", [])
     write(tmp_path, "info.json", {"a": {"file_name": "x.json"}})
+    write(tmp_path, "circle.json", {"a": {"registry": "circle.json", "name": "a"}})
     with pytest.raises(InputError, match=message):
         sources.parse(value, tmp_path, "config.tasks: t")
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dnd_jax.audit import FEW_LABELS
 from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
+FEW_LABELS = 20  # with more distinct responses a set isn't one of choice
 LABEL = r"\(?([A-Z]|[1-9])[.:)]"
 LISTED = re.compile(rf"(?:^|(?<=[,;:\n]))[ \t]*{LABEL}[ \t]*(\S.*?)[ \t]*(?=$|\n|[,;.] *{LABEL} )", re.MULTILINE)
 BARE = "()[]{}<>.:;,!\"'`* \n"

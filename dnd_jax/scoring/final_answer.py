@@ -14,10 +14,13 @@ TEXT_COMMAND = r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf|tt)|operatorname)\{"
 IN_WORDS = rf"\s*(?:{TEXT_COMMAND})?\s*([A-Za-z]{{4,}}(?:[ -][A-Za-z]+)*)\s*\}}?\.?\s*"
 
 def extract(text: str) -> str:
-    r"""Return what stands behind the last `####`, or else in the last `\boxed{}`; without either nothing."""
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip().split("\n", 1)[0]
+    r"""Return what stands behind the last `####` or in the last `\boxed{}`, whichever is later; without either nothing.
+
+    `####` begins headings, too, so a boxed answer after it is the answer.
+    """
     begin = text.rfind("\\boxed{")
+    if text.rfind("####") > begin:
+        return text.rsplit("####", 1)[1].strip().split("\n", 1)[0]
     if begin < 0:
         return ""
     depth = 0
@@ -51,7 +54,7 @@ def golds(rows: Sequence[Row], where: str = "rows") -> list[Any]:
     """Return the final answers of rows, in words or in math-verify's terms; raise InputError at a response that has none."""
     found = [words(row.response) or parse(row.response, whole=True) for row in rows]
     for number, (gold, row) in enumerate(zip(found, rows, strict=True)):
-        if not gold:
+        if not any(sign.isalnum() for sign in str(gold)):
             raise InputError(f"{where}: row {number}: the response has no final answer: {row.response[-80:]!r}")
     return found
 

@@ -45,6 +45,8 @@ def check_rows(kind: str, rows: Sequence[Row], where: str) -> None:
     """Raise InputError, its message beginning with `where`, at a row that can't be scored by a kind, before a model is asked."""
     if kind == "choice":
         choice.options(rows, where)
+    if kind == "code":
+        code.check_rows(rows, where)
     if kind == "final_answer":
         final_answer.golds(rows, where)
     if kind == "vision":
