@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VISION_MARKS, small_base
+from PIL import Image
 
 from data_pipeline import collect, fine_tuning
 from dnd_jax import adapters, images
@@ -94,6 +95,11 @@ def test_what_can_not_be_is_named(vision_base, model):
                            (row(vision_base, "what", "nowhere"), r"nowhere\.png: .*No such file")):
         with pytest.raises(InputError, match=message):
             fine_tuning.tokenise(tokenizer, [given], 64, reader)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(vision_base / "torn.png")
+    begin, _, end = (vision_base / "torn.png").read_bytes().rpartition(b"IDAT")  # of several
+    (vision_base / "torn.png").write_bytes(begin + b"\xff\xff\xff\xff" + end)
+    with pytest.raises(InputError, match=r"torn\.png: broken PNG file"):
+        reader.inputs([str(vision_base / "torn.png")])
     with pytest.raises(InputError, match=r"a row has images: 'what' with .*wide\.png"):
         fine_tuning.tokenise(tokenizer, [row(vision_base, "what", "wide")], 64)
     plain = (vision_base / "text")

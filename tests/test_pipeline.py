@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -238,6 +239,19 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
         (config.base / "config.json").write_text("{}")
     with pytest.raises(adapters.InputError, match=message):
         evaluate.check_belonging(config, store, about, "run", listed)
+
+
+@pytest.mark.parametrize("field,value,expected", [
+    ("top_k", (0,), "positive numbers"), ("top_k", (), "one at least"), ("penalties", (1.0, -1.0), "positive numbers"),
+    ("draws", 0, "at least 1"), ("ridge_draws", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("samples", 0, "at least 1"),
+    ("max_new_tokens", 0, "at least 1"), ("in_context_examples", -1, "at least 0"), ("temperature", 0.0, "a positive number"),
+    ("scoring", "guess", "one of")])
+def test_settings_that_no_rung_can_be_asked_with_are_named(field, value, expected):
+    settings = tenants.get_config("smoke").unlock().evaluate
+    evaluate.check(settings)
+    settings[field] = value
+    with pytest.raises(adapters.InputError, match=f"{field} is {re.escape(repr(value))}, expected .*{expected}"):
+        evaluate.check(settings)
 
 
 def test_a_run_that_was_changed_is_not_evaluated(root, smoke, tmp_path):

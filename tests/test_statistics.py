@@ -36,12 +36,13 @@ def test_paired_differences_are_narrower_than_unpaired():
 @pytest.mark.parametrize("others", [(), ("loglikelihood",)])
 def test_report_compares_rungs_and_shows_further_metrics(rng, others):
     names = ("choice", *others)
-    found = {rung: [[Scores({name: rng.integers(0, 2, size).astype(float) for name in names}, np.zeros(size)) for _ in range(2)]
+    found = {rung: [[Scores({name: rng.integers(0, 2, size).astype(float) for name in names}, np.eye(size)[0]) for _ in range(2)]
                     for size in (5, 8)] for rung in report.ORDER}
     result = report.summarise(found, {"ridge": "penalty 1"}, ["small", "large"])
     nearest = result["rungs"]["nearest"]
     expected = [np.mean([draw.main for draw in task]) for task in found["nearest"]]
     assert nearest["mean"] == pytest.approx(np.mean(expected)) and nearest["per_task"]["large"] == pytest.approx(expected[1])
+    assert nearest["unparsable"] == pytest.approx((1 / 5 + 1 / 8) / 2)  # over tasks, as the mean
     assert result["scoring"] == "choice" and result["rungs"]["ridge"]["chosen"] == "penalty 1"
     cost = {"collect_s": 1, "train_s": None, "generate_s": 0.0123, "in_task_s": 1, "adapters_to_break_even": None}
     tasks = {"small": {"majority": 0.5, "chance": 0.25}, "large": {"majority": 0.3, "chance": 0.15}, "chosen on": {"majority": 1}}
