@@ -68,7 +68,7 @@ def _parse_flags(argv: Sequence[str], words: bool) -> list[str]:
         rest = flags.FLAGS(list(argv))
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()  # a file that can't be loaded is only noticed when its config is looked at
-    except (flags.Error, OSError, SyntaxError, AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
+    except (flags.Error, OSError, SyntaxError, AttributeError, LookupError, TypeError, ValueError, ImportError) as error:
         raise InputError(f"{given or 'command line'}: {_in_words(error)}") from error
     if len(rest) > 1 and not words:
         raise InputError(f"command line: unexpected arguments {rest[1:]}")
@@ -94,6 +94,12 @@ def _in_words(error: Exception) -> str:
         name, _, hint = said.replace("\\n", "\n").replace("\\", "").strip("'\"").partition("\n")
         return " ".join(f"no field {name.strip(chr(39))!r} there. {hint}".split())
     return f"{type(error).__name__}: {said}"
+
+
+def config_words() -> list[str]:
+    """Return the words that make another command's config what this one's is, however they were written."""
+    fields = [name for name in flags.FLAGS if name == "config" or name.startswith("config.")]  # of fields only those given
+    return [word for name in fields for word in (flags.FLAGS[name].serialize() or f"--{name}=()").split("\n")]
 
 
 def config_dict(config: ml_collections.ConfigDict) -> Any:

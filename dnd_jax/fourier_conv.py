@@ -73,8 +73,15 @@ def convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], me
     tensor = "tensor" in split and isinstance(kernel, jax.Array) and kernel.shape[-1] % mesh.shape["tensor"] == 0
     of_kernel = PartitionSpec(None, None, None, "tensor") if tensor else PartitionSpec()
     out = PartitionSpec(batch or None, *("tensor" if tensor and axis == axes[2] else None for axis in (1, 2, 3)))
-    return jax.shard_map(functools.partial(_convolve, axes=axes), mesh=mesh, axis_names=split, out_specs=out, check_vma=False,
-                         in_specs=(PartitionSpec(batch or None), of_kernel))(x, kernel)
+    dtypes = jax.tree.map(lambda a: a.dtype, (x, kernel))
+
+    def each(*args: Any) -> Block:
+        return _convolve(*jax.tree.map(lambda a, dtype: a.astype(dtype), args, dtypes), axes=axes)
+
+    # Gradients are summed over devices in float32. In bfloat16 it would be less exact, and XLA on CPU (jax 0.10.2) aborts.
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, kernel))
+    return jax.shard_map(each, mesh=mesh, axis_names=split, out_specs=out, check_vma=False,
+                         in_specs=(PartitionSpec(batch or None), of_kernel))(*wide)
 
 
 def prepare(kernel: Kernel, x: Any, axes: tuple[int, int, int]) -> Spectrum | None:

@@ -50,7 +50,7 @@ def define_flags() -> None:
 
 
 def main(args: Any) -> None:
-    with_config = [word for word in sys.argv[1:] if word.startswith(("--config=", "--config."))]
+    with_config = cli.config_words()
     for place, kind in args.config.evaluate.unrelated:
         try:
             read_rows(place)  # what is missing is to be said before days of work

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,3 +116,28 @@ def test_collect_refuses_a_base_without_tokenizer(world):
     for path in (world / "build" / "tenants-smoke" / "base").glob("tokenizer*"):
         path.unlink()
     refuse("data_pipeline.collect", CONFIG, cwd=world, contains=["base", "tokenizer"])
+
+
+WORDS = """
+from absl import flags
+from dnd_jax import cli
+cli.define_config()
+words = __import__("sys").argv[1:]
+flags.FLAGS(["x", *words])
+if words[0] == "--config":
+    print(*cli.config_words(), sep="\\n")
+print(cli.config_json(flags.FLAGS.config))
+"""
+
+
+def test_another_command_gets_the_same_config_however_it_was_given():
+    def printed(*words):
+        return subprocess.run([sys.executable, "-c", WORDS, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    words, _, config = printed(
+        "--config", CONFIG.removeprefix("--config="), "--noconfig.train.calibrate", "-config.train.steps=9", "--config.base", "a b",
+        "--config.train.tensorboard", "--config.evaluate.top_k=(3, 4)", "--config.evaluate.unrelated=()",
+        "--config.condition.pool=7").partition("\n{")
+    assert words.count("\n") == 8
+    assert printed(*words.split("\n")) == "{" + config
+    assert '"steps": 9,' in config and '"base": "a b"' in config and '"unrelated": []' in config

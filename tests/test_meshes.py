@@ -21,11 +21,11 @@ def on_one_device(tmp_path_factory):
     return store, folder / "run", read_log(folder / "run")
 
 
-def assert_same_losses(log, other):
+def assert_same_losses(log, other, tolerance=1e-6):
     for one, two in zip(log, other, strict=True):
         assert one["step"] == two["step"]
         for name in ("loss", "validation_loss"):
-            np.testing.assert_allclose(two.get(name, 0), one.get(name, 0), rtol=1e-6, err_msg=str((one["step"], name)))
+            np.testing.assert_allclose(two.get(name, 0), one.get(name, 0), rtol=tolerance, err_msg=str((one["step"], name)))
 
 
 def unfinished(workdir, target):
@@ -48,6 +48,10 @@ for name, sizes, settings in (
     config.mesh = dict(zip(sharding.AXES, sizes))
     train.train(config, pairs.open_store(store), folder / name)
 
+for name, sizes in (("bf16", (8, 1, 1)), ("bf16 in parts", (2, 2, 2))):
+    config = tiny_config(store, compute_dtype="bfloat16").unlock()
+    config.mesh = dict(zip(sharding.AXES, sizes))
+    train.train(config, pairs.open_store(store), folder / name)
 mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 config = tiny_config(store, optimizer="adamw_factored", param_dtype="bfloat16")
 state = train.make_state(config, HyperConvDecoder(((2, 128, 4), (4, 128, 4)), 1), mesh)
@@ -78,6 +82,9 @@ def test_one_device_equals_every_mesh_of_eight(tmp_path, on_one_device):
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("8,1,1", "2,4,1", "2,2,2", "resumed"):
         assert_same_losses(log, read_log(tmp_path / name))
+    train.train(tiny_config(store, compute_dtype="bfloat16"), pairs.open_store(store), tmp_path / "bf16 on one")
+    for name in ("bf16", "bf16 in parts"):
+        assert_same_losses(read_log(tmp_path / "bf16 on one"), read_log(tmp_path / name), 3e-3)
     assert "(1, 1, 128, 128) (1, 1, 64, 64) P(None, None, 'fsdp', 'tensor')" in done.stdout
     assert "(1, 1, 128) True" in done.stdout and "float32 True" in done.stdout
     assert "a batch of 6 does not divide over 8 devices" in done.stdout

@@ -235,8 +235,8 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
     elif change == "split":
         listed[store.split("test")[0].name] = "train"
     else:
-        config.base = shutil.copytree(root / "base", tmp_path / "other")
-        (config.base / "config.json").write_text("{}")
+        config.base = str(shutil.copytree(root / "base", tmp_path / "other"))
+        (tmp_path / "other" / "config.json").write_text("{}")
     with pytest.raises(adapters.InputError, match=message):
         evaluate.check_belonging(config, store, about, "run", listed)
 
