@@ -55,8 +55,8 @@ def settings(args: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:
 def joined(args: Any) -> Iterator[None]:
     """Join the other processes, if there are any; then only the first one's standard output is seen.
 
-    An error ends the process at once, so that the others notice; when another one ends, this one does too, within
-    HEARTBEAT_S: by an error of the exchange that it was waiting in, or else by JAX, which aborts with a message.
+    It waits for them for JOIN_S. An error ends the process at once, so that the others notice; when another one ends, this one
+    does too, within HEARTBEAT_S: by an error of the exchange that it was waiting in, or else by JAX, which aborts with a message.
     """
     told = settings(args, os.environ)
     if told is None:
@@ -88,6 +88,16 @@ def is_first() -> bool:
 def agreed(number: int) -> int:
     """Return the first process's number in all of them, whose views of a shared file system may differ for a while."""
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def texts(text: str) -> list[str]:
+    """Return the text that each process gives, by process, in all of them."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    filled = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - len(own))))
+    return [row[:size].tobytes().decode() for row, size in zip(np.asarray(filled), sizes, strict=True)]
 
 
 def first_with(flag: bool) -> int | None:

@@ -174,5 +174,6 @@ def lock(folder: files.PathLike) -> None:
         print(f"warning: {folder}: this file system has no locks ({error.strerror}), so see to it that no other run writes there",
               file=sys.stderr, flush=True)
     _LOCKED.add(folder)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk; the owner's name is for messages only
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

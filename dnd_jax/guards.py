@@ -35,11 +35,13 @@ def until_terminated() -> Iterator[Callable[[int], bool]]:
 def check_finite(metrics: Mapping[str, Any], step: int, names: Callable[[int], set[str]], last_good: Callable[[], str]) -> None:
     """Raise FloatingPointError unless every metric is finite.
 
-    The message names step, metric, the tasks of the batch, `names(step)`, and the last good checkpoint, `last_good()`.
+    The message names step, metric, the tasks of the batch, `names(step)`, or a metric's own, and the last good checkpoint,
+    `last_good()`.
     """
-    for name, value in metrics.items():
+    for name, value in sorted(metrics.items(), key=lambda metric: "/" not in metric[0]):  # a task's loss before their mean
         if not math.isfinite(value):
-            raise FloatingPointError(f"step {step}: {name} is {float(value)}, tasks {sorted(names(step))}; {last_good()}")
+            tasks = [name.partition("/")[2]] if "/" in name else sorted(names(step))
+            raise FloatingPointError(f"step {step}: {name} is {float(value)}, tasks {tasks}; {last_good()}")
 
 
 class Watch:

@@ -1,9 +1,11 @@
 """The log of a training run: `metrics.jsonl`, one JSON object per logged step; and the logs of many runs as one table."""
 
+import contextlib
 import glob
 import json
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ class MetricsLog:
     `input_wait_s`; and `seconds` of training since step 0, however often the run was resumed. Of several processes, one writes.
 
     Attributes:
-      failure: why the latest line could not be written, if it could not; it is kept and written before the next one.
+      failure: why the latest line could not be written, if it could not; it is kept and written before the next one. Or why
+        TensorBoard's file could not: it ends there.
     """
 
     def __init__(self, workdir: pathlib.Path, first: int, writes: bool = True, tensorboard: bool = False):
@@ -35,12 +38,15 @@ class MetricsLog:
         self._last, self._before, self._waited = (first, time.perf_counter()), 0.0, 0.0
         if not writes:
             return
-        kept = [entry for entry in read_metrics(workdir) if entry["step"] <= first] if self._path.exists() else []
+        known = read_metrics(workdir) if self._path.exists() else []
+        kept = [entry for entry in known if entry["step"] <= first]
+        if known and not kept:
+            print(f"{self._path}: {len(known)} lines dropped, as the run begins anew at step {first}", flush=True)
         files.write_text(self._path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
         self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
         self._size = self._path.stat().st_size
-        self._board = _open_board(workdir, first) if tensorboard else None
+        self._board = _Board(workdir / "tensorboard", first) if tensorboard else None
 
     def append(self, step: int, metrics: dict[str, float], batch_size: int, waited: float) -> dict[str, float]:
         """Write one line, at once, and return it without its step; `waited` is the input's seconds since the run started.
@@ -56,8 +62,12 @@ class MetricsLog:
         self._unwritten += json.dumps({"step": step} | entry, allow_nan=False).encode() + b"\n"
         self._write()
         if self._board is not None:
-            for name, value in entry.items():
-                self._board.add_scalar(name, value, step)
+            try:
+                self._board.add(step, entry)
+            except OSError as error:
+                self._board.close()
+                self._board = None
+                self._fail(error)
         return entry
 
     def _write(self) -> None:
@@ -73,8 +83,11 @@ class MetricsLog:
                 os.fsync(self._file.fileno())
             self._size, self._unwritten, self.failure = self._size + len(self._unwritten), b"", None
         except OSError as error:
-            self.failure = error
-            print(f"\nerror: {error}", file=cli.Stderr(), flush=True)
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self.failure = error
+        print(f"\nerror: {error}", file=cli.Stderr(), flush=True)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -90,13 +103,38 @@ class MetricsLog:
             raise self.failure
 
 
-def _open_board(workdir: pathlib.Path, first: int) -> Any:
-    """Return a writer of TensorBoard's files that hides what was written past the step that a run resumes from."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise InputError("config.train.tensorboard is set, but tensorboardX is missing: pip install tensorboardX") from error
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+class _Board:
+    """A file of TensorBoard's, by tensorboardX, whose usual writer has a thread: where that can't write, the next call hangs.
+
+    What earlier files say past the step that a run resumes from is hidden.
+    """
+
+    def __init__(self, folder: pathlib.Path, first: int):
+        try:
+            from tensorboardX.proto import event_pb2, summary_pb2
+            from tensorboardX.record_writer import RecordWriter
+        except ImportError as error:
+            raise InputError("config.train.tensorboard is set, but tensorboardX is missing: pip install tensorboardX") from error
+        self._folder, self._event, self._summary = folder, event_pb2.Event, summary_pb2.Summary
+        with files.named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
+            self._write(file_version="brain.Event:2")
+            self._write(step=first + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add(self, step: int, entry: dict[str, float]) -> None:
+        """Write the scalars of a step, at once; raise OSError, naming the folder, if that can't be."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in entry.items()]
+        with files.named(self._folder):
+            self._write(step=step, summary=self._summary(value=values))
+
+    def _write(self, **event: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **event).SerializeToString())
+        self._writer.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # all is written already, or what wasn't is known
+            self._writer.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

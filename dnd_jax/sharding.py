@@ -1,9 +1,9 @@
 """The device mesh, and how parameters, optimizer state and batches lie on it.
 
 Axes: `data` holds copies of the parameters, `fsdp` parts of them by input channels, `tensor` parts by output channels; a
-batch is split over `data` and `fsdp`. What a rule can't divide evenly stays whole on that axis. Moments of an optimizer lie
-where their parameters lie; the row and column sums of a factored one, which are hundreds of times smaller, are whole
-everywhere.
+batch is split over `data` and `fsdp`. Where a mesh axis doesn't divide the channels that a rule gives it, it divides the others
+if it can, so that memory is shared all the same; else the parameter stays whole on it. Moments of an optimizer lie where their
+parameters lie; the row and column sums of a factored one, which are hundreds of times smaller, are whole everywhere.
 """
 
 import math
@@ -95,9 +95,29 @@ def _name(path: tuple[Any, ...]) -> str:
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
     for pattern, axes in RULES:
         if re.fullmatch(pattern, name):
-            return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None
-                                   for axis, size in zip(axes, shape, strict=False)))
+            return PartitionSpec(*(tuple(found) if len(found) > 1 else next(iter(found), None)
+                                   for found in _placed(mesh, axes[: len(shape)], shape)))
     raise InputError(f"{name} {list(shape)}: no rule of dnd_jax/sharding.py covers this parameter")
+
+
+def _placed(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> list[list[str]]:
+    """Return the mesh axes that divide each axis of an array: its own by the rule where it can, else another with a rule."""
+    placed: list[list[str]] = [[] for _ in axes]
+    own = [(axis, place) for place, axis in enumerate(axes) if axis]
+    others = [(axis, place) for axis, home in own for _, place in own if place != home]
+    for axis, place in [*own, *others]:
+        parts = math.prod(mesh.shape[name] for name in (*placed[place], axis))
+        if shape[place] % parts == 0 and not any(axis in found for found in placed):
+            placed[place].append(axis)
+    return placed
+
+
+def share_of_device(mesh: Mesh, params: Any) -> float:
+    """Return which part of all (abstract) parameters one device holds."""
+    places = jax.tree.leaves(of_params(mesh, params))
+    leaves = jax.tree.leaves(params)
+    held = sum(math.prod(place.shard_shape(leaf.shape)) for place, leaf in zip(places, leaves, strict=True))
+    return held / sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def over_batch(mesh: Mesh, size: int) -> NamedSharding:

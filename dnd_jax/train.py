@@ -7,6 +7,8 @@ processes run it as one (`distributed.py`).
 """
 
 import dataclasses
+import functools
+import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,7 +22,7 @@ import optax
 from absl import flags
 from tqdm import tqdm
 
-from dnd_jax import baselines, checkpoints, cli, distributed, guards, inputs, logs, optimizers, pairs, sharding, workdirs
+from dnd_jax import baselines, checkpoints, cli, distributed, files, guards, inputs, logs, optimizers, pairs, sharding, workdirs
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, norm_ratio, token_loss
@@ -168,6 +170,9 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
     state = make_state(config, decoder, mesh, tasks if t.calibrate else (), checkpointer.restore)
     places = sharding.of_state(mesh, state)  # not the arrays' own: Orbax restores the key with the sharding of one more axis
     sharding.check_moments(state)
+    if mesh.size > 1:
+        print(f"{mesh.size} devices, {dict(mesh.shape)}: each holds {sharding.share_of_device(mesh, state.params):.1%} of the "
+              "parameters", flush=True)
     train_step = jax.jit(make_train_step(config, decoder, mesh, mask, store.importance), donate_argnums=0,
                          out_shardings=(places, None))
     first, rate = int(state.step), optimizers.schedule(config)
@@ -238,29 +243,47 @@ def check(config: ml_collections.ConfigDict) -> None:
     t = config.train
     if t.on_failed_save not in ("stop", "continue"):
         raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")
+    for field, value in workdirs.leaves(config.to_dict()).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config.{field} is {value}, expected a finite number")
     counts = ("accumulate", "batch_size", "keep_last", "log_every", "prefetch", "steps", "validate_every", "validation_draws")
-    if config.seed < 0:
-        raise InputError(f"config.seed is {config.seed}, expected at least 0")
-    for field, value in {"condition.prompts": config.condition.prompts, "decoder.kernel_size": config.decoder.kernel_size,
-                         **{f"train.{name}": t[name] for name in counts}}.items():
-        if value < 1:
-            raise InputError(f"config.{field} is {value}, expected at least 1")
+    amounts = ("keep_every", "learning_rate", "weight_decay", "condition_noise", "token_noise")
+    for least, fields in ((1, ("condition.prompts", "decoder.kernel_size", *(f"train.{name}" for name in counts))),
+                          (0, ("seed", *(f"train.{name}" for name in amounts)))):
+        for field in fields:
+            if (value := functools.reduce(lambda part, name: part[name], field.split("."), config)) < least:
+                raise InputError(f"config.{field} is {value}, expected at least {least}")
+    if t.clip_norm <= 0:
+        raise InputError(f"config.train.clip_norm is {t.clip_norm}, expected a positive number")
     if not 0 <= t.warmup_steps < t.steps:
         raise InputError(f"config.train.warmup_steps is {t.warmup_steps}, expected fewer than config.train.steps, {t.steps}")
-    if t.learning_rate < 0:
-        raise InputError(f"config.train.learning_rate is {t.learning_rate}, expected a positive number")
     optimizers.make_optimizer(config)
     for name in ("param_dtype", "compute_dtype"):
         optimizers.dtype_of(config, name)
-    sharding.over_batch(sharding.make_mesh(config.mesh), sharding.microbatch_size(t.batch_size, t.accumulate))
+    size, mesh = sharding.microbatch_size(t.batch_size, t.accumulate), sharding.make_mesh(config.mesh)
+    if size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise InputError(f"config.train.batch_size is {t.batch_size}, in {t.accumulate} microbatches (config.train.accumulate) "
+                         f"of {size} examples, which config.mesh.data x config.mesh.fsdp = {parts} devices don't divide")
     if t.calibrate and config.decoder.shortened:
         raise InputError("config.train.calibrate is set, and config.decoder.shortened, too: no norm sees whole conditions then")
+
+
+def check_processes(config: ml_collections.ConfigDict, store: pairs.Store) -> None:
+    """Raise InputError, in all processes, unless all have one config and one store; their parameters would drift apart."""
+    own = {"config": cli.config_dict(config), "store": files.sha256_file(store.folder / "manifest.json")}
+    first, *others = map(json.loads, distributed.texts(json.dumps(own)))
+    for number, other in enumerate(others, 1):
+        found = [f"{field} is {theirs!r}, process 0 has {ours!r}"
+                 for field, (ours, theirs) in sorted(workdirs.differences(first, other).items())]
+        if found:
+            raise InputError(f"process {number}: {'; '.join(found)}")
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Open the config's store, make the workdir this run's, and train."""
     check(config)
     store = pairs.open_store(config.export.store)
+    check_processes(config, store)
     if not store.split("train"):
         raise InputError(f"{config.export.store}: has no train task, training needs at least one")
     if not store.split("validation"):

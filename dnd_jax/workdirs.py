@@ -56,6 +56,17 @@ def keep_store(store: pairs.Store, workdir: pathlib.Path) -> None:
         files.write_text(path, found)
 
 
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested config by their fields, lists' by their numbers: `train.steps`, `decoder.blocks[0][2]`."""
+    if isinstance(config, dict):
+        parts = {f"{prefix}.{key}" if prefix else key: value for key, value in config.items()}
+    elif isinstance(config, list | tuple):
+        parts = {f"{prefix}[{i}]": value for i, value in enumerate(config)}
+    else:
+        return {prefix: config}
+    return {field: value for path, part in parts.items() for field, value in leaves(part, path).items()}
+
+
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Return the fields in which two nested configs differ, with both values."""
     if not (isinstance(old, dict) and isinstance(new, dict)):

@@ -135,8 +135,8 @@ def test_another_command_gets_the_same_config_however_it_was_given():
         return subprocess.run([sys.executable, "-c", WORDS, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     words, _, config = printed(
-        "--config", CONFIG.removeprefix("--config="), "--noconfig.train.calibrate", "-config.train.steps=9", "--config.base", "a b",
-        "--config.train.tensorboard", "--config.evaluate.top_k=(3, 4)", "--config.evaluate.unrelated=()",
+        "--config", CONFIG.removeprefix("--config="), "--noconfig.train.calibrate", "-config.train.steps=9",
+        "--config.base", "a b", "--config.train.tensorboard", "--config.evaluate.top_k=(3, 4)", "--config.evaluate.unrelated=()",
         "--config.condition.pool=7").partition("\n{")
     assert words.count("\n") == 8
     assert printed(*words.split("\n")) == "{" + config

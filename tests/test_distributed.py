@@ -78,6 +78,23 @@ def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, store, victim, nu
             process.communicate()
 
 
+def test_processes_of_different_configs_are_refused_in_all_of_them(tmp_path, store):
+    """Each would go its own way from the first step, and only the first one's config would be known."""
+    port = free_port()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *train_command(store, tmp_path / "run"), f"--coordinator=localhost:{port}"]
+    pair = [subprocess.Popen([*command, "--num_processes=2", f"--process_id={i}", f"--config.train.learning_rate={rate}"],
+                             cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for i, rate in enumerate((1e-3, 3e-2))]
+    try:
+        said = [process.communicate(timeout=60)[1] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in pair] == [1, 1] and not (tmp_path / "run").exists()
+    assert all("error: process 1: config.train.learning_rate is 0.03, process 0 has 0.001" in text for text in said)
+
+
 def test_a_process_that_cannot_write_is_heard_at_once_and_ends_the_run(tmp_path, store):
     """Orbax itself lets it wait for the other first, and the other for it, for as long as a save may take."""
     port = free_port()
@@ -104,7 +121,7 @@ def test_a_process_that_cannot_write_is_heard_at_once_and_ends_the_run(tmp_path,
 COMMAND = "python -m dnd_jax.train --config="
 # In place of the cluster's commands: the training process waits for SIGTERM and exits 0; the second time it ends by itself.
 STUBS = {
-    "srun": 'exec "$@"',
+    "srun": '[ "$1" = --kill-on-bad-exit=1 ] && exec "${@:2}"',
     "python": """echo "$@" > arguments
 [ -e started ] && exit "${STATUS:-0}"
 trap "sleep 0.3; touch saved; exit 0" TERM

@@ -43,6 +43,52 @@ def test_a_line_that_does_not_reach_the_disk_is_written_again_and_once(tmp_path,
     assert f"error: {tmp_path}/metrics.jsonl: not written: No space left on device" in capsys.readouterr().err
 
 
+def events(folder):
+    """Return the events of TensorBoard's files, in the order of their writing: records of length, checksum, bytes, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events*"), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_has_what_the_log_has_from_the_step_that_a_run_resumes_from(tmp_path):
+    for first in (0, 2):
+        with logs.MetricsLog(tmp_path, first, tensorboard=True) as log:
+            for step in range(first + 1, first + 4):
+                log.append(step, {"loss": 0.5 * step}, 1, 0.0)
+    said = events(tmp_path / "tensorboard")
+    assert [event.step for event in said if event.HasField("session_log")] == [1, 3]
+    scalars = [(event.step, value.simple_value) for event in said for value in event.summary.value if value.tag == "loss"]
+    assert scalars == [(step, 0.5 * step) for step in (1, 2, 3, 3, 4, 5)]
+    assert {value.tag for value in said[2].summary.value} == logs.read_metrics(tmp_path)[0].keys() - {"step"}
+
+
+def test_tensorboard_that_can_not_be_written_is_said_once_and_ends(tmp_path, capsys):
+    with logs.MetricsLog(tmp_path, 0, tensorboard=True) as log:
+        log._board._writer._writer.close()
+        log._board._writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+        failed = []
+        for step in range(1, 30):
+            log.append(step, {"loss": 1.0}, 1, 0.0)
+            failed.append(log.failure is not None)
+    assert failed == [True] + [False] * 28 and len(logs.read_metrics(tmp_path)) == 29
+    assert capsys.readouterr().err.count(f"error: {tmp_path}/tensorboard: not written: No space left on device") == 1
+
+
+def test_lines_of_a_run_that_begins_anew_are_dropped_aloud(tmp_path, capsys):
+    with logs.MetricsLog(tmp_path, 0) as log:
+        log.append(1, {"loss": 1.0}, 1, 0.0)
+    with logs.MetricsLog(tmp_path, 0):
+        pass
+    assert capsys.readouterr().out == f"{tmp_path}/metrics.jsonl: 1 lines dropped, as the run begins anew at step 0\n"
+
+
 def test_columns_and_rows(sweep):
     table = logs.load_runs(f"{sweep}/*")
     assert list(table.columns) == ["run", "step", "checkpoint", "warnings", "loss", "validation.x", "validation_loss",

@@ -67,6 +67,10 @@ try:
 except RuntimeError as error:
     print(error)
 try:
+    train.check(tiny_config(store, accumulate=2))
+except ValueError as error:
+    print(error)
+try:
     train.train(tiny_config(store, batch_size=6), pairs.open_store(store), folder / "six")
 except ValueError as error:
     print(error)
@@ -88,6 +92,10 @@ def test_one_device_equals_every_mesh_of_eight(tmp_path, on_one_device):
     assert "(1, 1, 128, 128) (1, 1, 64, 64) P(None, None, 'fsdp', 'tensor')" in done.stdout
     assert "(1, 1, 128) True" in done.stdout and "float32 True" in done.stdout
     assert "a batch of 6 does not divide over 8 devices" in done.stdout
+    assert ("config.train.batch_size is 8, in 2 microbatches (config.train.accumulate) of 4 examples, which config.mesh.data x "
+            "config.mesh.fsdp = 8 devices don't divide") in done.stdout
+    shares = [float(line.split()[-4].rstrip("%")) for line in done.stdout.splitlines() if line.endswith("of the parameters")]
+    assert shares[0] == 100 and max(shares[1:4]) < 70 and len(shares) == 7
     assert "optimizer state" in done.stdout and "its parameter as" in done.stdout
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -204,6 +205,16 @@ def test_a_step_that_is_not_finite_stops_the_run_there_and_unsaved(tmp_path, rng
     assert checkpoints.load_latest(last.parent)[0] == int(last.name)
 
 
+def test_a_validation_loss_that_is_not_finite_names_its_task(tmp_path, rng):
+    opened = pairs.open_store(make_store(tmp_path / "store", rng, validation=2))
+    condition = np.array(opened.split("validation")[1].condition)
+    condition[:] = np.inf
+    broken = dataclasses.replace(opened.split("validation")[1], condition=condition)
+    opened = dataclasses.replace(opened, tasks=tuple(broken if t.name == broken.name else t for t in opened.tasks))
+    with pytest.raises(FloatingPointError, match=rf"step 2: validation_loss/{broken.name} is nan, tasks \['{broken.name}'\]; no"):
+        train.train(tiny_config(tmp_path / "store"), opened, tmp_path / "run")
+
+
 def test_parameters_that_overflow_are_not_saved(tmp_path, store):
     config = tiny_config(store, learning_rate=3e38, clip_norm=1e30, warmup_steps=0, validate_every=1, weight_decay=1e3)
     with pytest.raises(FloatingPointError, match=r"step 1: .* is (inf|nan), tasks \['task.*; no checkpoint was written yet"):
@@ -252,7 +263,11 @@ def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
         "accumulate", "batch_size", "keep_last", "log_every", "prefetch", "validate_every")),
     ("train.on_failed_save", "ask", "'ask', expected 'stop' or 'continue'"),
     ("train.warmup_steps", 6, "6, expected fewer than config.train.steps, 6"),
-    ("train.learning_rate", -1.0, "-1.0, expected a positive number"),
+    ("train.learning_rate", -1.0, "-1.0, expected at least 0"),
+    ("train.learning_rate", math.nan, "nan, expected a finite number"),
+    ("evaluate.temperature", math.inf, "inf, expected a finite number"), ("seed", -1, "-1, expected at least 0"),
+    ("train.clip_norm", 0.0, "0.0, expected a positive number"), ("train.keep_every", -1, "-1, expected at least 0"),
+    ("train.token_noise", -1.0, "-1.0, expected at least 0"), ("train.weight_decay", -0.1, "-0.1, expected at least 0"),
     ("train.optimizer", "adam", "'adam', expected 'adamw' or 'adamw_factored'"),
     ("train.compute_dtype", "bf16", "'bf16', expected one of"), ("train.param_dtype", "half", "'half', expected one of"),
     ("mesh.data", 0, "{'data': 0, 'fsdp': 1, 'tensor': 1}, which does not fit"),
