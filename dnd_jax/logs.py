@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import math
 import os
 import pathlib
 import socket
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pandas
 
 NAME = "metrics.jsonl"
+ALWAYS = ("loss", "validation_loss", "seconds")  # columns of the table of runs
 
 
 class MetricsLog:
@@ -174,7 +176,8 @@ def load_runs(pattern: str) -> "pandas.DataFrame":
         step        the training step
         checkpoint  whether a checkpoint of that step is there; its metrics count where the log has others
         warnings    what could not be read of the run, each file by its name; empty if all could
-        loss, validation_loss, ...       what `metrics.jsonl` and checkpoints say of the step; nested names joined by dots
+        loss, validation_loss, seconds   what `metrics.jsonl` and checkpoints say of the step, also where no run says any of it
+        ...                              what else they say; nested names joined by dots
         config.seed, config.train.steps  fields of the run's `config.json`, lists as JSON text
 
     Args:
@@ -191,9 +194,10 @@ def load_runs(pattern: str) -> "pandas.DataFrame":
     if not found:
         raise InputError(f"{pattern}: no folder of that name holds {NAME} or checkpoints")
     table = pandas.json_normalize([row for path in found for row in _run_rows(path)])
+    table = table.assign(**{name: math.nan for name in ALWAYS if name not in table})
     first, configs = ["run", "step", "checkpoint", "warnings"], [c for c in table.columns if c.startswith("config.")]
     metrics = [c for c in table.columns if c not in {*first, *configs}]
-    return table[[*first, *metrics, *configs]].astype({"step": "Int64"})
+    return table[[*first, *ALWAYS, *(c for c in metrics if c not in ALWAYS), *configs]].astype({"step": "Int64"})
 
 
 def _run_rows(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:

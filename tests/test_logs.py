@@ -91,8 +91,9 @@ def test_lines_of_a_run_that_begins_anew_are_dropped_aloud(tmp_path, capsys):
 
 def test_columns_and_rows(sweep):
     table = logs.load_runs(f"{sweep}/*")
-    assert list(table.columns) == ["run", "step", "checkpoint", "warnings", "loss", "validation.x", "validation_loss",
+    assert list(table.columns) == ["run", "step", "checkpoint", "warnings", "loss", "validation_loss", "seconds", "validation.x",
                                    "config.seed", "config.train.rate", "config.blocks"]
+    assert table["seconds"].isna().all()
     assert table["run"].str[-1].tolist() == ["a"] * 3 + ["b"] * 2 and table["step"].tolist() == [2, 4, 5, 2, 4]
     assert table["checkpoint"].tolist() == [False, True, True, False, False] and (table["warnings"] == "").all()
     assert table["loss"].tolist()[:2] == [0.2, 0.4] and table["loss"].isna().tolist() == [False, False, True, False, False]

@@ -5,8 +5,9 @@ import re
 
 import nbformat
 import pytest
-from conftest import ROOT, run_module
+from conftest import ROOT, make_store, run_module, tiny_config
 
+from dnd_jax import train
 from experiments.ablations import conditions
 from experiments.configs import tenants
 
@@ -45,6 +46,18 @@ def test_what_the_tables_say(executed, smoke):
     assert "6 training tasks, 2 held out" in text["anatomy"] and "cosine_trained" in text["anatomy"]
     report = conditions.load(smoke / "build" / "tenants-smoke" / "conditions")["prompts-4"]
     assert report["verdict"] in text["conditions"] and "dnd_shuffled" in text["conditions"]
+
+
+def test_runs_without_validation_tasks_are_compared_too(tmp_path, rng):
+    store = make_store(tmp_path / "store", rng, validation=0)
+    for rate in (1e-3, 1e-2):
+        train.run(tiny_config(store, learning_rate=rate), tmp_path / "world" / str(rate) / "run")
+    (tmp_path / "sweep.ipynb").write_text((FOLDER / "sweep.ipynb").read_text())
+    done = run_module("pytest", "--nbmake", "--overwrite", "-p", "no:cacheprovider", "sweep.ipynb", cwd=tmp_path,
+                      env={"DND_WORLD": str(tmp_path / "world")}, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    said = json.dumps(nbformat.read(tmp_path / "sweep.ipynb", 4).cells)
+    assert "0.001/run" in said and "0.01/run" in said and "with 1 Axes" in said
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -24,15 +24,18 @@ def _open_corners(figure: Figure) -> None:
 
 
 def curves(table: pandas.DataFrame, labels: Mapping[str, str]) -> Figure:
-    """Draw every run's loss on training and on validation tasks over steps; `labels` by run."""
-    figure, found = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    """Draw every run's loss on training tasks, and on validation tasks where there are any, over steps; `labels` by run."""
+    titles = {"loss": "training tasks", "validation_loss": "validation tasks"}
+    columns = [column for column in titles if column == "loss" or table[column].notna().any()]
+    figure, ((*found,),) = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.6), sharey=True, squeeze=False,
+                                        layout="constrained")
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(labels)))
-    for axes, column, title in zip(found, ("loss", "validation_loss"), ("training tasks", "validation tasks"), strict=True):
+    for axes, column in zip(found, columns, strict=True):
         for (run, label), color in zip(labels.items(), colors, strict=True):
             line = table[table["run"] == run].dropna(subset=[column])
             axes.plot(line["step"].astype(int), line[column], color=color, label=label, marker="." if len(line) < 12 else None)
-        axes.set(title=title, xlabel="step")
-    losses = table[["loss", "validation_loss"]].stack()
+        axes.set(title=titles[column], xlabel="step")
+    losses = table[columns].stack()
     if losses.max() > 3 * losses.min():
         found[0].set_yscale("log")
     found[0].set_ylabel("loss")
