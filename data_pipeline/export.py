@@ -117,7 +117,8 @@ def export(config: ml_collections.ConfigDict) -> None:
         files.write_json(folder / "manifest.json", {
             "format": pairs.FORMAT, "base": base, "spec": reference.to_json(), "layout": layout.to_json(),
             "gauge": config.export.gauge, "averaged": averaged,
-            "encoder": config.encoder.to_dict(), "form": config.condition.form, "tasks": entries,
+            "encoder": config.encoder.to_dict(), "encoder_sha256": encoders.identity(config.encoder),
+            "form": config.condition.form, "tasks": entries,
             "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()},
         })
         files.write_text(folder / pairs.SEAL, files.sha256_file(folder / "manifest.json"))

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from dnd_jax import files
 from dnd_jax.types import InputError
 
+NUMBER = re.compile(r"-?\d*\.?\d+(e-?\d+)?")
+
 
 class Encoder(Protocol):
     """Prompts to a condition, float16 `[P, L, C]`."""
@@ -42,6 +44,40 @@ def make(settings: Mapping[str, Any]) -> Encoder:
         raise InputError(f"config.encoder: {f'{missing} are missing' if missing else f'{unknown} are unknown'} "
                          f"for kind {kind!r}, which takes {', '.join(known)}")
     return KINDS[kind](**options)
+
+
+def identity(settings: Mapping[str, Any]) -> str:
+    """Return a hash of all files of an encoder, or of a hub repository `commit` and its own."""
+    path = pathlib.Path(settings["name"])
+    if path.is_file():
+        return files.sha256_file(path)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return files.sha256_text("".join(f"{p.relative_to(path)}\0{files.sha256_file(p)}\n" for p in found))
+    from transformers import AutoConfig
+
+    return f"commit {getattr(AutoConfig.from_pretrained(str(path)), '_commit_hash', None)}"
+
+
+def of_decoder(about: Mapping[str, Any]) -> Encoder:
+    """Make the encoder of the conditions that a decoder was trained on, from what its checkpoint says.
+
+    Another commit on the hub, which may be one of the repository's words only, is said on standard output.
+
+    Raises:
+      InputError: its files are others by now, or its width.
+    """
+    settings, known = about["encoder"], about.get("encoder_sha256")
+    encoder = make(settings)
+    if (width := about["features"][0][-1]) != encoder.width:
+        raise InputError(f"encoder {settings['name']}: has {encoder.width} channels, the decoder takes {width}")
+    if known is None or (found := identity(settings)) == known:
+        return encoder
+    if not found.startswith("commit "):
+        raise InputError(f"encoder {settings['name']}: its files have sha256 {found[:12]}..., those of the decoder's conditions "
+                         f"had {known[:12]}...")
+    print(f"warning: encoder {settings['name']} is of {found}, that of the decoder's conditions was {known}")
+    return encoder
 
 
 class _Transformer(abc.ABC):
@@ -115,7 +151,9 @@ class SentenceEncoder(_Transformer):
 
         model = SentenceTransformer(name, device="cpu")
         first: Any = model[0]
-        self._window = _positions(first.auto_model)
+        if not hasattr(first, "auto_model"):
+            raise InputError(f"encoder {name}: begins with {type(first).__name__}, expected a transformer with a state per token")
+        self._window = _positions(first.auto_model) or self.length
         if self.length > self._window and self.length % self._window:
             raise InputError(f"encoder {name}: length is {self.length}, expected at most {self._window} or a multiple of it")
         self.batch_size = max(1, self.batch_size // -(-self.length // self._window))  # as many windows at once as prompts
@@ -131,11 +169,11 @@ class SentenceEncoder(_Transformer):
         return super()._hidden(ids, mask).reshape(batch, self.length, -1)
 
 
-def _positions(model: Any) -> int:
-    """Return how many tokens a model has positions for; RoBERTa's kind leaves the first ones of its table unused."""
-    table = getattr(model.embeddings, "position_embeddings", None)
+def _positions(model: Any) -> int | None:
+    """Return how many tokens a model has positions for, if that is limited; RoBERTa's kind leaves the first ones unused."""
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     if table is None or table.padding_idx is None:
-        return model.config.max_position_embeddings
+        return getattr(model.config, "max_position_embeddings", None)
     return table.num_embeddings - table.padding_idx - 1
 
 
@@ -179,14 +217,16 @@ class GloveEncoder:
         for number, line in enumerate(files.read_lines(path), 1):
             if not line:
                 continue
-            word, *values = line.rstrip().split(" ")
+            word, *values = line.rstrip().rsplit(" ", self.width if self._vectors else -1)  # some words have spaces
             expected = self.width if self._vectors else max(1, len(values))
-            if len(values) != expected:
-                raise InputError(f"{path}: line {number} has {len(values)} values, expected {expected}")
+            if len(values) != expected or (NUMBER.fullmatch(word.rpartition(" ")[2]) and " " in word):
+                raise InputError(f"{path}: line {number} has {len(line.split(' ')) - 1} values, expected {expected}")
             try:
                 self._vectors[word] = np.array(values, np.float32)
             except ValueError as error:
                 raise InputError(f"{path}: line {number}: {error}") from error
+            if not (np.abs(self._vectors[word]) <= np.finfo(np.float16).max).all():
+                raise InputError(f"{path}: line {number}: a value of {word!r} isn't finite in float16, which ends at 65504")
         if not self._vectors:
             raise InputError(f"{path}: holds no vectors")
 

@@ -207,7 +207,7 @@ def generated(ev: Evaluation, shuffled: bool = False) -> MakeAdapter:
 
 def random_text(ev: Evaluation) -> MakeAdapter:
     """Generate from random strings in place of prompts."""
-    encoder = encoders.make(ev.generator.about["encoder"])
+    encoder = encoders.of_decoder(ev.generator.about)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz     "))
 
     def make(task: pairs.Task, draw: int) -> Adapter:

@@ -210,13 +210,15 @@ def write(args: Any, generator: Generator, link: pathlib.Path, tree: Tree, facts
 def main(args: Any) -> None:
     links, failures = plan_links(args.prompts, args.out), dict[str, Exception]()
     texts: dict[str, list[str]] = {}
+    hashes: dict[str, str] = {}
     for name in links:
         with noted(failures, name):
+            hashes[name] = f", sha256 {files.sha256_file(name)}" if os.path.isfile(name) else ""  # a pipe can be read once
             texts[name] = prompts.read_prompts(name)
     if not texts:
         raise_noted(failures, len(links))
     generator = Generator(args.workdir)
-    encoder = encoders.make(generator.about["encoder"])
+    encoder = encoders.of_decoder(generator.about)
     chosen = {name: choose(found, generator.prompts, args.seed, name) for name, found in texts.items()}
     for remark in filter(None, (describe_carried(generator.about), describe_form(generator.about))):
         print(remark)
@@ -229,11 +231,12 @@ def main(args: Any) -> None:
     def finish(name: str, result: tuple[float, np.ndarray, Tree]) -> None:
         began, condition, tree = result
         folder = write(args, generator, links[name], tree, {
-            "prompts": f"{len(texts[name])} from {pathlib.Path(name).name}, sha256 {files.sha256_file(name)}",
+            "prompts": f"{len(texts[name])} from {pathlib.Path(name).name}{hashes[name]}",
             "nearest training tasks": ", ".join(f"{n} ({c:.2f})" for n, c in nearest_tasks(generator.about, condition))
             or "not recorded"})
-        print(f"{links[name]} -> {folder}: checkpoint {generator.step}, {time.perf_counter() - began:.3f} s from prompts to "
-              f"files, {generator.compile_s:.3f} s of compilation before", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads on, but the adapter is there
+            print(f"{links[name]} -> {folder}: checkpoint {generator.step}, {time.perf_counter() - began:.3f} s from prompts to "
+                  f"files, {generator.compile_s:.3f} s of compilation before", flush=True)
 
     overlap(list(chosen), compute, finish, failures)
     raise_noted(failures, len(links))

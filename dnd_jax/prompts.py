@@ -35,18 +35,21 @@ def check_text(text: str, where: str) -> None:
 
 
 def read_prompts(path: files.PathLike) -> list[str]:
-    """Read unlabeled prompts: a JSON list (or JSON lines) of strings or of rows with a `prompt`, or a text with one a line.
+    """Read unlabeled prompts: a JSON list (or JSON lines) of strings or of rows as they are trained on, or a text, one a line.
 
     Raises:
       InputError: a missing or malformed file, or one without prompts.
     """
     path = pathlib.Path(path)
     found: list[Any]
-    if path.suffix.lower() in (".json", ".jsonl"):
-        value = files.read_json(path) if path.suffix.lower() == ".json" else sources.read_json_lines(path)
-        found = [v.get("prompt") if isinstance(v, dict) else v for v in value] if isinstance(value, list) else [value]
-        if strange := [prompt for prompt in found if not isinstance(prompt, str)]:
+    if path.suffix.lower() in (".json", *sources.JSON_LINES):
+        value = sources.read_json_lines(path) if path.suffix.lower() in sources.JSON_LINES else files.read_json(path)
+        listed = value if isinstance(value, list) else [value]
+        if strange := [v for v in listed if not isinstance(v, str | dict) or listed is not value]:
             raise InputError(f"{path}: expected a list of strings or of rows with a 'prompt', found {str(strange[0])[:60]!r}")
+        rows = [v for v in listed if isinstance(v, dict)]
+        asked = iter(sources.to_rows(rows, Source(str(path))) if rows else [])
+        found = [v if isinstance(v, str) else next(asked).prompt for v in listed]
     else:
         found = [line.rstrip("\r") for line in files.read_lines(path)]
     prompts = [prompt for prompt in found if prompt.strip()]

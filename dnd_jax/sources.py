@@ -12,7 +12,7 @@ fields of an entry of LLaMA-Factory's `dataset_info.json`; or a reference to suc
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -28,6 +28,7 @@ DEFAULT_COLUMNS: tuple[dict[str, str], ...] = (
     {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "images": "images"},
 )
 COLUMNS = ("prompt", "query", "response", "system", "images", "messages")
+JSON_LINES = (".jsonl", ".ndjson")
 SPEAKERS = {"human": "prompt", "user": "prompt", "gpt": "response", "assistant": "response", "system": "system"}
 TAGS = {"user_tag": "prompt", "assistant_tag": "response", "system_tag": "system"}
 ENTRY: dict[str, type] = {"file_name": str, "hf_hub_url": str, "subset": str, "split": str, "num_samples": int, "formatting": str,
@@ -139,7 +140,11 @@ def read(source: files.PathLike | Source) -> list[Row]:
       InputError: a missing or malformed file or row, or columns of which none occurs.
     """
     source = source if isinstance(source, Source) else Source(str(source))
-    raw = read_raw(source)
+    return to_rows(read_raw(source), source)
+
+
+def to_rows(raw: Sequence[Mapping[str, Any]], source: Source) -> list[Row]:
+    """Return rows as they are under the columns of a source; raise InputError, which names it, at what isn't one."""
     names = set().union(*raw)
     columns = source.columns or next((c for c in DEFAULT_COLUMNS if next(iter(c.values())) in names), DEFAULT_COLUMNS[2])
     for field, name in (source.columns or {}).items():
@@ -157,7 +162,7 @@ def read_raw(source: Source) -> list[dict[str, Any]]:
     if source.hub or path.is_dir():
         raw = _read_by_datasets(source)
     else:
-        raw = read_json_lines(path) if path.suffix.lower() == ".jsonl" else files.read_json(path)
+        raw = read_json_lines(path) if path.suffix.lower() in JSON_LINES else files.read_json(path)
     if not isinstance(raw, list) or not raw or not all(isinstance(row, dict) for row in raw):
         raise InputError(f"{source}: expected a non-empty list of objects, found {str(raw)[:60]!r}")
     return raw[: source.num_samples]

@@ -220,7 +220,8 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
     """Return what a checkpoint must say so that one can generate from it."""
     return {
         **decoder.to_json(), "config": cli.config_dict(config), "layout": store.layout.to_json(), "spec": store.manifest["spec"],
-        "encoder": store.manifest["encoder"], "form": store.manifest.get("form", "prompt"), "base": store.manifest["base"],
+        "encoder": store.manifest["encoder"], "encoder_sha256": store.manifest.get("encoder_sha256"),
+        "form": store.manifest.get("form", "prompt"), "base": store.manifest["base"],
         "carried": keys.count_kinds(store.spec), "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED),
         "averaged": store.manifest["averaged"],
         "embeddings": {t.name: baselines.pool(t.condition).round(6).tolist() for t in store.split("train")},

@@ -1,5 +1,7 @@
 """Encoders of every kind on miniature models: shapes, batches, padding, windows, and what is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,60 @@ def test_a_causal_encoder_reads_the_layer_it_is_told(folders):
     np.testing.assert_allclose(encoder(["how zib is"])[0], states[2][0].numpy(), atol=2e-3)
 
 
+def test_words_of_a_vector_file_may_have_spaces(tmp_path):
+    (tmp_path / "v.txt").write_text("a 1 2\n. . . 3 4\nat a@b.org 5 6\n")
+    assert list(encoders.GloveEncoder(str(tmp_path / "v.txt"), 4)._vectors) == ["a", ". . .", "at a@b.org"]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "t5"])
+def test_sentence_encoders_of_other_kinds_than_bert(folders, tmp_path, kind):
+    """Without a table of positions, whose size would be the length of a window."""
+    import transformers as t
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    torch.manual_seed(0)
+    model = t.T5EncoderModel.from_pretrained(folders / "t5") if kind == "t5" else t.Qwen3Model(t.Qwen3Config(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, max_position_embeddings=64))
+    model.save_pretrained(tmp_path / "model")
+    t.AutoTokenizer.from_pretrained(folders / "t5").save_pretrained(tmp_path / "model")
+    SentenceTransformer(modules=[Transformer(str(tmp_path / "model")), Pooling(16, "mean")]).save(str(tmp_path / "sentence"))
+    encoder = encoders.make({"name": str(tmp_path / "sentence"), "length": 24})
+    condition = encoder(PROMPTS)
+    assert condition.shape == (6, 24, 16) and np.isfinite(condition).all() and not np.array_equal(condition[0], condition[1])
+    np.testing.assert_array_equal(encoder(PROMPTS[:1])[0], condition[0])
+
+
+def test_a_sentence_encoder_without_a_state_per_token_is_refused(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "how": 1}, "[UNK]"))
+    SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=4)]).save(str(tmp_path / "static"))
+    with pytest.raises(InputError, match="static: begins with StaticEmbedding, expected a transformer"):
+        encoders.make({"name": str(tmp_path / "static"), "length": 8})
+
+
+def test_a_decoder_gets_the_encoder_of_its_conditions_or_none(folders, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folders / "sentence", tmp_path / "sentence")
+    chosen = {"name": str(tmp_path / "sentence"), "length": 8}
+    about = {"encoder": chosen, "encoder_sha256": encoders.identity(chosen), "features": [[4, 8, 16], [2, 2, 2]]}
+    assert encoders.identity(chosen) == encoders.identity({"name": str(folders / "sentence")})
+    assert encoders.of_decoder(about).width == 16
+    weights = tmp_path / "sentence" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"sentence: its files have sha256 \w+\.\.\., those of the decoder's conditions had"):
+        encoders.of_decoder(about)
+    with pytest.raises(InputError, match="sentence: has 16 channels, the decoder takes 24"):
+        encoders.of_decoder(about | {"features": [[4, 8, 24]]})
+    monkeypatch.setattr(encoders, "identity", lambda settings: "commit b")
+    encoders.of_decoder(about | {"encoder_sha256": "commit a"})
+    assert "sentence is of commit b, that of the decoder's conditions was commit a" in capsys.readouterr().out
+
+
 def test_glove_knows_padding_and_unknown_words(folders):
     condition = encoders.make(settings(folders)["glove"])(["How nobody"])[0]
     np.testing.assert_array_equal(condition[:3], [[0.5, -1, 0.25], [1, 1, 1], [0, 0, 0]])
@@ -136,7 +192,9 @@ def test_bad_settings_are_named(folders, change, message):
 
 
 @pytest.mark.parametrize("text,message", [
-    ("a 1 2\nb 1\n", "line 2 has 1 values, expected 2"), ("", "no vectors"), ("a\n", "line 1"), ("a 1 x\n", "line 1: could not")])
+    ("a 1 2\nb 1\n", "line 2 has 1 values, expected 2"), ("", "no vectors"), ("a\n", "line 1"), ("a 1 x\n", "line 1: could not"),
+    ("a 1 2\nb 1 2 3\n", "line 2 has 3 values, expected 2"), ("a 1 nan\n", "line 1: a value of 'a' isn't finite in float16"),
+    ("a 1 2\nb 1e6 2\n", "line 2: a value of 'b' isn't finite in float16, which ends at 65504")])
 def test_broken_vector_files_are_named(tmp_path, text, message):
     (tmp_path / "v.txt").write_text(text)
     with pytest.raises(InputError, match=message):

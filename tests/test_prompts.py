@@ -60,13 +60,18 @@ def test_read_prompts_takes_text_strings_and_rows(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffone\r\n\n two\u2028still two \n")
     (tmp_path / "b.json").write_text('["one", {"prompt": "two", "response": "?"}]')
     (tmp_path / "c.jsonl").write_text('"one"\n{"prompt": "two", "response": "secret"}\n')
+    chat = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "?"}]}
+    (tmp_path / "chats.json").write_text(json.dumps([chat, "two"]))
+    (tmp_path / "alpaca.ndjson").write_text('{"instruction": "one", "output": "?"}\n{"instruction": "two", "output": "?"}\n')
+    assert prompts.read_prompts(tmp_path / "chats.json") == prompts.read_prompts(tmp_path / "alpaca.ndjson") == ["one", "two"]
     assert prompts.read_prompts(tmp_path / "a.txt") == ["one", " two\u2028still two "]
     assert prompts.read_prompts(tmp_path / "b.json") == prompts.read_prompts(tmp_path / "c.jsonl") == ["one", "two"]
 
 
 @pytest.mark.parametrize("text,message", [
     (r'["cut \ud83d"]', r"p\.json: 'cut .* holds half of a character"), ("[" * 100_000, r"p\.json: not JSON"),
-    ("{}", "expected a list")])
+    ("{}", "expected a list"), ('["p", 7]', "expected a list of strings or of rows with a 'prompt', found '7'"),
+    ('[{"text": "p"}]', r"p\.json: no row has a column 'prompt' for the prompt, there are \['text'\]")])
 def test_prompts_that_no_encoder_takes_are_named(tmp_path, text, message):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(InputError, match=message):
