@@ -67,18 +67,15 @@ def condition_texts(rows: Sequence[prompts.Row], settings: ml_collections.Config
     return [f"{row.prompt}\n{row.response}" if both else row.prompt for row, both in zip(rows, with_answer, strict=True)]
 
 
-def importance(per_task: Sequence[Float[np.ndarray, "K T H W"]]) -> Float[np.ndarray, " T"]:
-    """Return the weight of each token in the loss.
+def importance(tokens: Float[np.ndarray, "K T H W"]) -> Float[np.ndarray, " T"]:
+    """Return the weight of each token in the loss, by one task; the mean over tasks is what counts.
 
-    The deviation over a task's checkpoints, averaged over the token's elements, divided by the average over all
-    elements; then the mean over tasks. Tasks with one checkpoint, or none that differ, weigh every token 1.
+    The deviation over a task's checkpoints, averaged over the token's elements, divided by the average over all elements. A task
+    with one checkpoint, or none that differ, weighs every token 1.
     """
-    weights = []
-    for value in per_task:
-        deviation = value.std(0, ddof=1) if len(value) > 1 else np.zeros_like(value[0])
-        average = np.nanmean(deviation)
-        weights.append(np.nanmean(deviation, axis=(1, 2)) / average if average > 0 else np.ones(value.shape[1]))
-    return np.mean(weights, axis=0).astype(np.float32)
+    deviation = tokens.std(0, ddof=1) if len(tokens) > 1 else np.zeros_like(tokens[0])
+    average = np.nanmean(deviation)
+    return np.nanmean(deviation, axis=(1, 2)) / average if average > 0 else np.ones(tokens.shape[1])
 
 
 def export(config: ml_collections.ConfigDict) -> None:
@@ -87,7 +84,7 @@ def export(config: ml_collections.ConfigDict) -> None:
     trained = [task.name for task in tasks if task.split == "train"]
     if not trained:
         raise InputError(f"{config.tasks}: no task has the split 'train'; the decoder needs at least one to be trained on")
-    folders.check_ours(config.export.store, "manifest.json")
+    folders.check_ours(config.export.store, "manifest.json", pairs.NAMES)
     first = step_folders(runs / trained[0])[-1]
     reference_tree, reference = adapters.read(first)
     agreement.refuse_altered_base(reference, str(first))
@@ -96,8 +93,8 @@ def export(config: ml_collections.ConfigDict) -> None:
     base = check_runs(config)
     encoder = encoders.make(config.encoder)
     entries: dict[str, dict[str, Any]] = {}
-    with folders.atomic_folder(config.export.store, "manifest.json") as folder:
-        weighed, specs, found = [], {}, []
+    with folders.atomic_folder(config.export.store, "manifest.json", pairs.NAMES) as folder:
+        weights, specs, found = [], {}, []
         for task in tqdm(tasks, desc="export"):
             encoded, spec, differences = read_run(runs / task.name, change, reference, layout, str(first))
             found += differences
@@ -107,10 +104,10 @@ def export(config: ml_collections.ConfigDict) -> None:
             write_task(folder / "tasks" / task.name, encoded, texts, encoder)
             entries[task.name] = {"split": task.split, "checkpoints": len(encoded), "prompts": len(texts)}
             if task.split == "train":
-                weighed.append(encoded)
+                weights.append(importance(encoded))
                 specs[str(runs / task.name)] = spec
         agreement.raise_all(found)
-        np.save(folder / "importance.npy", importance(weighed))
+        np.save(folder / "importance.npy", np.mean(weights, axis=0).astype(np.float32))
         carried, averaged = agreement.default_parts(specs)
         if carried:
             safetensors.numpy.save_file(carried, folder / pairs.CARRIED)

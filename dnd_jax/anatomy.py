@@ -54,7 +54,7 @@ def centred(grams: Float[np.ndarray, "K K"], known: Sequence[int]) -> Float[np.n
 def cosines(grams: Float[np.ndarray, "K K"]) -> Float[np.ndarray, "K K"]:
     """Return the cosines of the angles between the adapters' products; 0 with one that is zero but for rounding."""
     length = norms(grams)
-    length[length < 1e-6 * length.max()] = np.inf
+    length[length <= 1e-6 * length.max()] = np.inf
     return grams / np.outer(length, length)
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import socket
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,8 +32,8 @@ def named(path: PathLike) -> Iterator[None]:
 
 
 def temporary_name(final: pathlib.Path, kind: str = "tmp") -> pathlib.Path:
-    """Return a name that no other process uses, of hosts with different names."""
-    return final.with_name(f".{final.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
+    """Return a name that no other thread uses, of hosts with different names; a process' first thread has its number."""
+    return final.with_name(f".{final.name}.{kind}-{socket.gethostname()}-{threading.get_native_id()}")
 
 
 @contextlib.contextmanager

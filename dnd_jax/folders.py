@@ -23,27 +23,31 @@ _LOCKED: set[pathlib.Path] = set()  # by this process
 
 
 @contextlib.contextmanager
-def atomic_folder(final: files.PathLike, marker: str) -> Iterator[pathlib.Path]:
+def atomic_folder(final: files.PathLike, marker: str, names: str = ".*") -> Iterator[pathlib.Path]:
     """Yield a new folder that takes the name `final` when the block ends without error.
 
     Args:
       final: replaced, if it is an empty folder or one that was written by us.
       marker: a file that every folder of this kind holds.
+      names: a pattern of what else it may hold.
 
     Raises:
-      InputError: something else has that name.
+      InputError: something else has that name, or the folder holds something else.
     """
-    check_ours(final, marker)
+    check_ours(final, marker, names)
     with temporary_folder(final) as temporary:
         yield temporary
         publish(temporary, final)
 
 
-def check_ours(final: files.PathLike, marker: str) -> None:
-    """Raise InputError if a name is taken by a file, or a folder with something in it but not with the file `marker`."""
+def check_ours(final: files.PathLike, marker: str, names: str = ".*") -> None:
+    """Raise InputError if a name is taken by a file, or by a folder with something in it that isn't ours, see `atomic_folder`."""
     path = pathlib.Path(final)
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).exists()):
         raise InputError(f"{path}: is there and would be replaced, but holds no {marker} as what is written here does; move it "
+                         "away, or choose another name")
+    if strange := [p.name for p in sorted(path.glob("*")) if p.name != marker and not re.fullmatch(names, p.name)]:
+        raise InputError(f"{path}: is there and would be replaced, but holds {strange[0]}, which isn't written here; move it "
                          "away, or choose another name")
 
 

@@ -26,6 +26,7 @@ from dnd_jax.types import InputError
 FORMAT = 2
 CARRIED = "carried.safetensors"
 SEAL = "manifest.sha256"
+NAMES = rf"{SEAL}|{CARRIED}|importance.npy|tasks"  # of what a store holds beside its manifest, as a pattern
 
 
 @dataclasses.dataclass(frozen=True)

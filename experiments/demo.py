@@ -61,7 +61,9 @@ def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
         began = time.perf_counter()
         print(f"== {name}: python -m {' '.join(command)}", flush=True)
         test = next((t for t, entry in _tasks(config.tasks).items() if entry["split"] == "test"), "")
-        subprocess.run([sys.executable, "-m", *(part.replace("{test}", test) for part in command)], check=True)
+        done = subprocess.run([sys.executable, "-m", *(part.replace("{test}", test) for part in command)])
+        if done.returncode:
+            raise InputError(f"python -m {command[0]} ended with status {done.returncode}; the same command goes on from there")
         files.write_json(stamp, {"key": key, "seconds": round(time.perf_counter() - began, 1)})
         ran.append(name)
     return root / "run", ran

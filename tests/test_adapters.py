@@ -1,7 +1,9 @@
 """PEFT folders: read, write, and what is refused."""
 
+import concurrent.futures
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from dnd_jax import adapters
 from dnd_jax.adapters import __main__ as command
-from dnd_jax.adapters import tensor_files
+from dnd_jax.adapters import check, tensor_files
 
 
 def test_tree_is_the_modules_nested(tmp_path, rng):
@@ -106,6 +108,33 @@ def test_a_damaged_addressed_folder_is_named(tmp_path, rng):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(adapters.InputError, match=f"{folder.name}: its content has hash"):
         adapters.write_addressed(tmp_path / "out", *adapters.read(tmp_path / "in"))
+    (folder / "adapter_config.json").write_text((tmp_path / "in" / "adapter_config.json").read_text())
+    with pytest.raises(adapters.InputError, match=f"its content has hash .*, the folder's name says {folder.name}"):
+        check.explain(folder)
+
+
+def test_threads_that_write_at_once_publish_what_their_names_say(tmp_path, rng):
+    """As a server does that makes adapters for several tenants."""
+    write_adapter(tmp_path / "in", rng)
+    tree, spec = adapters.read(tmp_path / "in")
+
+    def write(number):
+        return adapters.write_addressed(tmp_path / "out", jax.tree.map(lambda x: x + number % 6, tree), spec)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        folders = [*pool.map(write, range(60))]
+    assert len(set(folders)) == 6 == len(list((tmp_path / "out").iterdir()))
+    assert all(adapters.content_hash(folder) == folder.name for folder in folders)
+
+
+def test_nothing_that_lies_beside_an_adapter_is_lost(tmp_path, rng):
+    write_adapter(tmp_path / "checkpoint-500", rng)
+    (tmp_path / "checkpoint-500" / "optimizer.pt").write_bytes(b"days of work")
+    tree, spec = adapters.read(tmp_path / "checkpoint-500")
+    with pytest.raises(adapters.InputError, match=r"checkpoint-500: is there .* holds optimizer\.pt, which isn't written here"):
+        adapters.write(tmp_path / "checkpoint-500", tree, spec)
+    (tmp_path / "checkpoint-500" / "optimizer.pt").unlink()
+    adapters.write(tmp_path / "checkpoint-500", tree, spec)
 
 
 def test_check_command_explains_or_fails(tmp_path, rng):

@@ -1,6 +1,9 @@
 """Many prompt files by one command: one compilation, the adapters of single calls, and no file's error costs the others."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -8,9 +11,9 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import run_module
+from conftest import ROOT, run_module
 
-from dnd_jax import adapters, checkpoints, generate
+from dnd_jax import adapters, checkpoints, files, generate
 from dnd_jax.types import InputError
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -66,6 +69,17 @@ def test_the_command_line_names_failing_files_and_keeps_the_others(prompt_files,
     assert f"; {tmp_path}/nowhere.txt: " in message
     assert sorted(p.name for p in (tmp_path / "many").iterdir() if p.is_symlink()) == ["a", "b"]
     assert adapters.read(tmp_path / "many" / "b")[1].config["r"] == 8
+
+
+def test_a_pipe_is_read_once_and_one_that_nobody_reads_costs_nothing(prompt_files, tmp_path, smoke):
+    command = (f"cat {prompt_files[0]} | {sys.executable} -m dnd_jax.generate --workdir=build/tenants-smoke/run "
+               f"--prompts=/dev/stdin,{prompt_files[1]} --out={tmp_path}/out | head -c 0")
+    done = subprocess.run(["bash", "-c", command], cwd=smoke, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
+    assert "gave no adapter" not in done.stderr, done.stderr
+    piped, named = ((tmp_path / "out" / name / "README.md").read_text() for name in ("stdin", "b"))
+    assert "15 from stdin" in piped and "sha256" not in piped.split("15 from stdin")[1].splitlines()[0]
+    assert f"30 from b.json, sha256 {files.sha256_file(prompt_files[1])}" in named
 
 
 def test_an_adapter_that_is_not_finite_or_not_written_costs_no_other(prompt_files, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dnd_jax import tokens
-from dnd_jax.adapters import Leaf, Spec
+from dnd_jax.adapters import InputError, Leaf, Spec
 from dnd_jax.adapters.architecture import spec_of_model
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -110,3 +110,17 @@ def test_wrong_token_shape_names_both():
     layout = tokens.plan(spec)
     with pytest.raises(ValueError, match=r"tokens are \[1, 2, 3\], the layout expects"):
         tokens.decode(np.zeros((1, 2, 3), np.float32), layout)
+
+
+def test_what_has_no_layout_or_another_is_named():
+    shapes = {"layers/0/v_proj/lora_A": (3, 10), "layers/0/v_proj/lora_B": (6, 3)}
+    _, tree, spec = random_adapter(np.random.default_rng(0), shapes)
+    with pytest.raises(InputError, match="nothing that could be generated"):
+        tokens.plan(Spec({}, {}))
+    for chunk in (0, -4):
+        with pytest.raises(InputError, match=f"config.export.chunk, is {chunk}, expected at least 1"):
+            tokens.plan(spec, chunk)
+    layout = tokens.plan(spec, 16)
+    tree["layers"]["0"]["v_proj"]["lora_A"] = np.ones((3, 12), np.float32)  # as many tiles
+    with pytest.raises(InputError, match=r"layers/0/v_proj/lora_A is \[3, 12\], the layout expects \[3, 10\]"):
+        tokens.encode(tree, layout)

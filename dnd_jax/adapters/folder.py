@@ -12,6 +12,7 @@ import concurrent.futures
 import functools
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,14 @@ def read_config(folder: files.PathLike) -> dict[str, Any]:
 def write(folder: files.PathLike, tree: Tree, spec: Spec) -> None:
     """Write a PEFT LoRA folder that `read` gives back as it is; the tree is cast to the spec's dtypes.
 
+    Replaces an adapter, but nothing beside one, as a trainer's checkpoint has it.
+
     Raises:
-      InputError: a tree whose paths or shapes are not the spec's, or a value that isn't finite; nothing is written.
+      InputError: a tree whose paths or shapes are not the spec's, a value that isn't finite, or a folder that holds something
+        else; nothing is written.
     """
     tensors = _tensors(tree, spec, str(folder))
-    with folders.atomic_folder(folder, CONFIG) as temporary:
+    with folders.atomic_folder(folder, CONFIG, f"{re.escape(TENSORS)}|README.md") as temporary:
         _write_files(temporary, tensors, spec, str(folder))
 
 
