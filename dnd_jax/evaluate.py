@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dnd_jax import adapters, baselines, checksums, cli, encoders, files, harm, logs, pairs, prompts, report, score, scoring
 from dnd_jax.adapters import Spec
+from dnd_jax.adapters.profiles import beyond_lora
 from dnd_jax.audit import audit
 from dnd_jax.baselines import Flat
 from dnd_jax.generate import Generator
@@ -248,11 +249,11 @@ def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[Scores]]], dict[str, st
     scores = {"base": [[ev.score_task(task, adapter=False)] for task in ev.test],
               "in_context": [[ev.score_task(task, adapter=False, examples=shown)]
                              for task, shown in zip(ev.test, examples, strict=True)]}
-    try:
+    if more := beyond_lora(ev.store.spec):
+        print(f"mean_product is left out: the adapters have {', '.join(more)}")
+    else:
         ev.use(baselines.mean_product(ev.known, ev.store.spec))
         scores["mean_product"] = [[ev.score_task(task)] for task in ev.test]
-    except InputError as error:
-        print(f"mean_product is left out: {error}")
     rungs = adapter_rungs(ev)
     for name, (make, _) in tqdm(rungs.items(), desc="rungs"):
         draws = ev.e.draws if name in report.DRAWN else 1

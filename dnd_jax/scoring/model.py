@@ -35,25 +35,25 @@ class Model:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         # A base's other settings, as the penalty on repetitions that Qwen's have, would make greedy answers others than greedy.
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+        self._config = _lora_config(spec) if spec else None
         if spec:
             from peft import get_peft_model
 
             with _fitting(base):
                 model = get_peft_model(model, _lora_config(spec), adapter_name=NAME)
         self.model: Any = model.eval()
-        self._config = spec.config if spec else None
 
     def use(self, tree: Tree, spec: Spec) -> None:
         """Answer with this adapter from now on; raise InputError if it is none of the base's."""
         import torch
         from peft import set_peft_model_state_dict
 
-        if spec.config != self._config:
+        if (config := _lora_config(spec)) != self._config:
             self.model.delete_adapter(NAME)
             with _fitting(self.base):
                 self.model.add_adapter(NAME, _lora_config(spec))
             self.model.set_adapter(NAME)
-            self._config = spec.config
+            self._config = config
         flat = flatten_dict(tree, sep="/")
         state = {adapters.key_of(p): torch.from_numpy(np.ascontiguousarray(v, np.float32)) for p, v in flat.items()}
         state |= {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in spec.carried.items()}
