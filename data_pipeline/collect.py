@@ -28,7 +28,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import fine_tuning
-from dnd_jax import checksums, cli, files, folders, images, prompts
+from dnd_jax import base_models, checksums, cli, files, folders, images, prompts
 from dnd_jax.jail.isolation import PARENT_DEATH
 from dnd_jax.sources import Source
 from dnd_jax.tasks import MULTI_TASK, read_tasks
@@ -68,7 +68,7 @@ def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
 def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
     """Return what a run depends on: prompts, base model, LoRA config and training settings, with hashes."""
     return {
-        "task": run.name, "split": run.split, "base": prompts.base_identity(config.base), "seed": config.seed,
+        "task": run.name, "split": run.split, "base": base_models.identity(config.base), "seed": config.seed,
         "files": {source.key: source.sha256() for source in run.sources},
         "collect": cli.config_dict(config.collect) | {"out": None},
         "steps": run.steps, "checkpoints": run.checkpoints, "initial_seed": initial_seed(config, run),
@@ -146,7 +146,7 @@ def main(args: Any) -> None:
     if config.seed < 0:
         raise InputError(f"config.seed is {config.seed}, expected at least 0")
     runs = take_shard(plan_runs(config), args.shard)
-    prompts.load_tokenizer(config.base)
+    base_models.load_tokenizer(config.base)
     todo = [run for run in runs if not is_finished(pathlib.Path(config.collect.out) / run.name, identity(config, run))]
     if not todo:
         print(f"collect: all {len(runs)} runs are there")

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from data_pipeline import agreement, collect
-from dnd_jax import adapters, checksums, cli, encoders, files, folders, pairs, prompts, tokens
+from dnd_jax import adapters, base_models, checksums, cli, encoders, files, folders, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
+from dnd_jax.sources import Row
 from dnd_jax.tasks import MULTI_TASK, read_tasks, step_folders
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Tree
@@ -52,7 +53,7 @@ def make_gauge(name: str, reference: Tree, spec: Spec) -> Callable[[Tree], Tree]
     return changes[name]
 
 
-def condition_texts(rows: Sequence[prompts.Row], settings: ml_collections.ConfigDict) -> list[str]:
+def condition_texts(rows: Sequence[Row], settings: ml_collections.ConfigDict) -> list[str]:
     """Return what is encoded of the rows that a task trains on: the first `pool` of them, or all, in one of the paper's forms.
 
     `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts has its answer: by one draw for all samples,
@@ -142,7 +143,7 @@ def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:
     for name, record in records.items():
         if not isinstance(record, dict) or "base" not in record:
             raise InputError(f"{name}/run.json: doesn't say on which base, found {str(record)[:60]!r}; collect it again")
-    base = prompts.base_identity(config.base)
+    base = base_models.identity(config.base)
     found = [f"{name}: collected on base {record['base']}, the config's is {base}"
              for name, record in records.items() if record["base"] != base]
     for run in runs:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from dnd_jax import prompts
+from dnd_jax import base_models, prompts
 from dnd_jax.adapters.architecture import VISION_TOWER
 from dnd_jax.images import Reader
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
 DTYPES = ("float32", "bfloat16")
@@ -61,15 +62,15 @@ def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tupl
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
-    tokenizer = prompts.load_tokenizer(base)
+    tokenizer = base_models.load_tokenizer(base)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, c.dtype)
     if c.quantize == "nf4":
         four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                        bnb_4bit_compute_dtype=dtype)
-        model = prompts.load_base(base, dtype=dtype, quantization_config=four_bits, device_map=device)
+        model = base_models.load_base(base, dtype=dtype, quantization_config=four_bits, device_map=device)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
-        model = prompts.load_base(base, dtype=dtype)
+        model = base_models.load_base(base, dtype=dtype)
         model.to(device)
     peft_model = add_lora(model, c, seed)
     return peft_model, tokenizer, {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
@@ -92,7 +93,7 @@ def add_lora(model: Any, c: ml_collections.ConfigDict, seed: int) -> Any:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def tokenise(tokenizer: Any, rows: Sequence[prompts.Row], max_length: int,
+def tokenise(tokenizer: Any, rows: Sequence[Row], max_length: int,
              reader: Reader | None = None) -> list[Example]:
     """Return ids and labels of every row, cut off at `max_length`, without those of which no response token is left.
 

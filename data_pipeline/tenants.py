@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_pipeline import world
 from dnd_jax import cli, files, folders, prompts, scoring
-from dnd_jax.prompts import Row
+from dnd_jax.sources import Row
 
 MARKER = "../world.json"  # beside every part that is written here
 Example = tuple[str, str]

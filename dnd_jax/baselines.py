@@ -52,18 +52,6 @@ def random_like(adapters: Sequence[Flat], rng: np.random.Generator) -> Flat:
     return made
 
 
-def pool(condition: Float[np.ndarray, "N L C"]) -> Float[np.ndarray, " C"]:
-    """Return one embedding of a prompt batch: the mean over prompts and positions."""
-    return condition.astype(np.float32).mean((0, 1))
-
-
-def similarities(query: Float[np.ndarray, " C"], known: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
-    """Return cosines between a query and known embeddings, after their common mean is taken off."""
-    center = known.mean(0)
-    a, b = query - center, known - center
-    return (b @ a) / (np.linalg.norm(a) * np.linalg.norm(b, axis=1) + 1e-12)
-
-
 def top_k_weights(similarity: Float[np.ndarray, " K"], k: int, temperature: float) -> Float[np.ndarray, " K"]:
     """Return softmax weights over the k most similar, zero elsewhere."""
     chosen = np.argsort(-similarity)[:k]

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dnd_jax import fourier_conv
-from dnd_jax.fourier_conv import Kernel, Spectrum
 from dnd_jax.types import Block, Condition, Params, Tokens
 
 Shape3 = tuple[int, int, int]
@@ -53,15 +52,15 @@ class HyperConvDecoder(nn.Module):
     @property
     def condition_shape(self) -> Shape3:
         """The (N, L, C) of a condition."""
-        n, l, c = self.features[0]  # noqa: E741
+        n, l, c = self.features[0]
         return n, self.length or l, c
 
     @property
     def flops(self) -> int:
         """Multiplications and additions of one adapter's convolutions and projection; zero padding counts."""
-        k, (n, l, c) = self.kernel_size, self.features[0]  # noqa: E741
+        k, (n, l, c) = self.kernel_size, self.features[0]
         total = 2 * n * c * l * (self.length + l) if self.length else 0
-        for (n, l, c), (o, m, d) in zip(self.features, self.features[1:], strict=False):  # noqa: E741
+        for (n, l, c), (o, m, d) in zip(self.features, self.features[1:], strict=False):
             total += 2 * k * k * (n * l * c * d + n * d * l * m + n * c * l * m + n * m * c * d + m * d * n * o)
         return total
 
@@ -95,7 +94,7 @@ class Shorten(nn.Module):
 
     @nn.compact
     def __call__(self, x: Block) -> Block:
-        b, n, l, c = x.shape  # noqa: E741
+        b, n, l, c = x.shape
         x = x.reshape(b, n, c, l)
         for name, width in (("down", l), ("gate", self.length)):
             weight = self.param(f"{name}_weight", nn.initializers.normal(1.0), (self.length, width))
@@ -141,13 +140,13 @@ class HyperConvLayer(nn.Module):
         """Convolve by the parameter `name`, or by its transform where `prepare` kept that."""
         axes = plane_axes(spec)
         if self.has_variable("spectra", name):
-            return plane_conv(x, self.get_variable("spectra", name), spec, self.mesh)
+            return fourier_conv.convolve(x, self.get_variable("spectra", name), axes, self.mesh)
         channels, k = x.shape[axes[2]], self.kernel_size
         bound = (channels * k * k) ** -0.5  # PyTorch's default for convolutions
         kernel = self.param(name, _uniform(bound), (k, k, channels, out)).astype(self.dtype)
         if self.is_mutable_collection("spectra") and not self.is_initializing():
             self.put_variable("spectra", name, fourier_conv.prepare(kernel, x, axes))
-        return plane_conv(x, kernel, spec, self.mesh)
+        return fourier_conv.convolve(x, kernel, axes, self.mesh)
 
 
 class JointLayerNorm(nn.Module):
@@ -165,19 +164,6 @@ class JointLayerNorm(nn.Module):
         variance = jnp.square(rows - mean).mean(-1, keepdims=True)
         y = (rows - mean) * jax.lax.rsqrt(variance + 1e-5) * scale.ravel() + bias.ravel()
         return y.reshape(x.shape).astype(self.dtype)
-
-
-def plane_conv(x: Block, kernel: Kernel | Spectrum, spec: str, mesh: jax.sharding.Mesh | None = None) -> Block:
-    """Convolve one plane of a block, the third axis being the channels: stride 1, zeros outside, same size.
-
-    Args:
-      x: block with axes as in `spec`.
-      kernel: `[k, k, in, out]`, its first axis along the first axis of the plane. Or its transform.
-      spec: `"BNLC,LN->BNLD"` reads: over the plane (L, N), channels C become D. For an even k the extra zero column
-        goes to the high side.
-      mesh: of several devices.
-    """
-    return fourier_conv.convolve(x, kernel, plane_axes(spec), mesh)
 
 
 def plane_axes(spec: str) -> tuple[int, int, int]:

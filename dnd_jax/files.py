@@ -1,5 +1,6 @@
 """Files that are complete under their final name, or absent; JSON, lines and hashes."""
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -83,8 +84,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON pairs; raise ValueError at a key that occurs twice (for `object_pairs_hook`)."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{twice!r} occurs twice")
     return found
 

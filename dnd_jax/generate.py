@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float
 
-from dnd_jax import adapters, baselines, checkpoints, cli, encoders, files, folders, pairs, prompts, tokens
+from dnd_jax import adapters, checkpoints, cli, embeddings, encoders, files, folders, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.adapters.card import card
 from dnd_jax.adapters.tensor_files import TensorFile
@@ -99,13 +99,13 @@ def describe_form(about: dict[str, Any]) -> str:
                                         "they are made of the given texts alone here")
 
 
-def nearest_tasks(about: dict[str, Any], condition: Float[np.ndarray, "N L C"], count: int = 3) -> list[tuple[str, float]]:
-    """Return the training tasks whose prompts are most like these, with the cosines of their pooled embeddings."""
+def nearest_tasks(about: dict[str, Any], condition: Float[np.ndarray, "N L C"]) -> list[tuple[str, float]]:
+    """Return the three training tasks whose prompts are most like these, with the cosines of their pooled embeddings."""
     if not about["embeddings"]:
         return []
     known = np.array(list(about["embeddings"].values()))
-    cosines = baselines.similarities(baselines.pool(condition), known)
-    return [(list(about["embeddings"])[i], float(cosines[i])) for i in np.argsort(-cosines)[:count]]
+    cosines = embeddings.similarities(embeddings.pool(condition), known)
+    return [(list(about["embeddings"])[i], float(cosines[i])) for i in np.argsort(-cosines)[:3]]
 
 
 def choose(available: Sequence[str], count: int, seed: int, name: str) -> list[str]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dnd_jax.prompts import Row
 from dnd_jax.scoring.kinds import Scores
+from dnd_jax.sources import Row
 from dnd_jax.statistics import crossed_interval
 
 

@@ -8,7 +8,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dnd_jax.prompts import Row
+from dnd_jax.prompts import messages
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
 PLACE = "<image>"  # where a prompt has an image, by the convention of such data sets; images without one come first
@@ -43,9 +44,7 @@ class Reader:
         Raises:
           InputError: an image that can't be read, or another number of places in the text than of images.
         """
-        messages: list[dict[str, Any]] = [{"role": "system", "content": row.system}] if row.system else []
-        messages.append({"role": "user", "content": content(row)})
-        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = self._tokenizer.apply_chat_template(messages(row, content(row)), add_generation_prompt=True, return_dict=False)
         counts = [self._count(image) for image in row.images]
         if ids.count(self.token) != len(counts):
             raise InputError(f"the chat template gives {ids.count(self.token)} image tokens for {len(counts)} images: "

@@ -41,8 +41,8 @@ def dtype_of(config: ml_collections.ConfigDict, field: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def kept(rng: jax.Array, params: Params, dtype: jnp.dtype) -> Params:
-    """Return float32 parameters in the dtype that they are kept in; in bfloat16, rounded up or down by chance.
+def stochastic_round(rng: jax.Array, params: Params, dtype: jnp.dtype) -> Params:
+    """Return float32 parameters in the dtype that they are kept in, by stochastic rounding if that is bfloat16.
 
     There is no float32 copy, which saves half of the parameters' memory. It costs noise: a parameter moves in steps of 2^-8
     of itself, mostly larger than an update. Chance keeps its mean right; the nearest value would be the old one,

@@ -1,10 +1,7 @@
 """Prompts and rows as users have them: text and JSON files in, token ids out."""
 
-import json
 import pathlib
 from typing import Any
-
-from safetensors import SafetensorError
 
 from dnd_jax import files, sources
 from dnd_jax.sources import Row, Source
@@ -60,56 +57,15 @@ def read_prompts(path: files.PathLike) -> list[str]:
     return prompts
 
 
-def load_tokenizer(base: str) -> Any:
-    """Load the tokenizer of a base model; transformers answers a folder without one by an empty tokenizer, we raise."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if pathlib.Path(base).is_dir() and not any(pathlib.Path(base).glob("tokenizer*")):
-        raise InputError(f"{base}: holds no tokenizer files, expected tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise InputError(f"{base}: no tokenizer: {str(error).splitlines()[0]}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{base}: the tokenizer has no end-of-text token, found {tokenizer.special_tokens_map}")
-    return tokenizer
-
-
-def load_base(base: str, **options: Any) -> Any:
-    """Load a base model, of language or of vision and language, by transformers; raise InputError if that can't be."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    try:
-        vision = hasattr(AutoConfig.from_pretrained(base), "vision_config")
-        kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        return kind.from_pretrained(base, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{base}: no model: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-
-
-def base_identity(base: str) -> dict[str, str]:
-    """Return a base model's name and a hash: of a folder's config and weights, or a hub repository's commit."""
-    if pathlib.Path(base).is_dir():
-        folder = pathlib.Path(base)
-        weights = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
-        return {"name": base, "sha256": files.sha256_text(
-            files.sha256_files(weights) + files.sha256_files(folder.glob("config.json")))}
-    from transformers import AutoConfig
-
-    return {"name": base, "sha256": str(getattr(AutoConfig.from_pretrained(base), "_commit_hash", None))}
-
-
-def messages(row: Row) -> list[dict[str, str]]:
-    """Return a prompt as a chat."""
-    return [*([{"role": "system", "content": row.system}] if row.system else []), {"role": "user", "content": row.prompt}]
+def messages(row: Row, content: Any) -> list[dict[str, Any]]:
+    """Return a prompt as a chat; `content` is the user's turn, text or parts."""
+    return [*([{"role": "system", "content": row.system}] if row.system else []), {"role": "user", "content": content}]
 
 
 def prompt_text(tokenizer: Any, row: Row) -> str:
     """Return the text of a prompt: through the chat template where the tokenizer has one, else bare."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages(row), add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(messages(row, row.prompt), add_generation_prompt=True, tokenize=False)
     return f"{row.system}\n{row.prompt}" if row.system else row.prompt
 
 

@@ -86,9 +86,9 @@ def table(result: dict[str, Any]) -> str:
         lines.append(line.rstrip())
     if left_out := [name for name in ORDER if name not in result["rungs"]]:
         lines.append(f"left out, as no validation tasks are there to choose on: {', '.join(left_out)}")
-    if (form := result.get("form", "prompt")) != "prompt":
+    if (form := result["form"]) != "prompt":
         lines.append(f"conditions of form {form!r}: DnD and the rungs by similarity see responses of the test tasks")
-    lines += [f"finding of the audit: {finding}" for finding in result["audit"].get("findings", ())]
+    lines += [f"finding of the audit: {finding}" for finding in result["audit"]["findings"]]
     return "\n".join([*lines, "", _labels_line([result["audit"]["tasks"][name] for name in result["rungs"]["dnd"]["per_task"]]),
                       *harm.lines(result["harm"]), _cost_line(result["cost"]), result["verdict"]])
 
@@ -192,15 +192,12 @@ def _curve(metrics: Sequence[dict[str, Any]]) -> str:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks([tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if _within(tick, axes.get_ylim())])
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low <= tick <= high])
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend(loc="upper right", frameon=False)
     return _svg(figure)
-
-
-def _within(value: float, bounds: tuple[float, float]) -> bool:
-    return bounds[0] <= value <= bounds[1]
 
 
 def _interval(bounds: Sequence[float]) -> str:

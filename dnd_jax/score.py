@@ -13,8 +13,8 @@ from typing import Any
 from absl import flags
 
 from dnd_jax import adapters, files, prompts
-from dnd_jax.prompts import Row
 from dnd_jax.scoring import Model, harness, kinds
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
 

@@ -13,9 +13,9 @@ AT_ONCE = 1 << 24  # numbers
 class Bootstrap:
     """The same resamples of tasks and items for every quantity, so that differences are paired."""
 
-    def __init__(self, items: Sequence[int], seed: int = 0):
+    def __init__(self, items: Sequence[int]):
         """Take tasks with the given numbers of items, each its own."""
-        self._counts, self._seed = np.asarray(items), seed
+        self._counts = np.asarray(items)
 
     def interval(self, scores: Sequence[Float[np.ndarray, " I"]]) -> tuple[float, list[float]]:
         """Return the mean over tasks of their mean score, and its 95% interval.
@@ -31,7 +31,7 @@ class Bootstrap:
 
     def _draws(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield the resamples, some at a time: tasks `[R, S]`, items `[R, S, I]`, and which of these are any."""
-        rng = np.random.default_rng(self._seed)
+        rng = np.random.default_rng(0)
         number, width = len(self._counts), self._counts.max()
         tasks = rng.integers(number, size=(RESAMPLES, number))
         for part in np.array_split(tasks, math.ceil(RESAMPLES * number * width / AT_ONCE)):
@@ -40,9 +40,9 @@ class Bootstrap:
             yield part, items, np.arange(width) < chosen
 
 
-def crossed_interval(scores: Float[np.ndarray, "S I"], seed: int = 0) -> tuple[float, list[float]]:
+def crossed_interval(scores: Float[np.ndarray, "S I"]) -> tuple[float, list[float]]:
     """Return the mean over tasks and items, and its 95% interval, where all tasks have the same items."""
-    rng, (number, width) = np.random.default_rng(seed), scores.shape
+    rng, (number, width) = np.random.default_rng(0), scores.shape
     means = [scores[rng.integers(number, size=number)].mean(0)[rng.integers(width, size=width)].mean() for _ in range(RESAMPLES)]
     return float(scores.mean()), _middle(means)
 

@@ -22,7 +22,7 @@ import optax
 from absl import flags
 from tqdm import tqdm
 
-from dnd_jax import baselines, checkpoints, cli, distributed, files, guards, inputs, logs, optimizers, pairs, sharding, workdirs
+from dnd_jax import checkpoints, cli, distributed, embeddings, files, guards, inputs, logs, optimizers, pairs, sharding, workdirs
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.losses import add_noise, norm_ratio, token_loss
@@ -119,7 +119,7 @@ def make_train_step(config: ml_collections.ConfigDict, decoder: HyperConvDecoder
         params = optax.tree.cast(state.params, jnp.float32)
         (loss, ratio), gradients = mean_gradient(loss_fn, params, mesh, t.accumulate, noisy_condition, noisy_tokens)
         updates, opt_state = tx.update(gradients, state.opt_state, params)
-        params = optimizers.kept(jax.random.fold_in(token_rng, 0), optax.apply_updates(params, updates), dtype)
+        params = optimizers.stochastic_round(jax.random.fold_in(token_rng, 0), optax.apply_updates(params, updates), dtype)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), "norm_ratio": ratio}
         return State(state.step + 1, params, opt_state, state.rng), metrics
 
@@ -224,7 +224,7 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
         "form": store.manifest.get("form", "prompt"), "base": store.manifest["base"],
         "carried": keys.count_kinds(store.spec), "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED),
         "averaged": store.manifest["averaged"],
-        "embeddings": {t.name: baselines.pool(t.condition).round(6).tolist() for t in store.split("train")},
+        "embeddings": {t.name: embeddings.pool(t.condition).round(6).tolist() for t in store.split("train")},
     }
 
 

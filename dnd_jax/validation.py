@@ -1,5 +1,6 @@
 """The loss on validation tasks, which chooses the best checkpoint."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,21 +24,17 @@ def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigD
     return np.stack(conditions), np.stack(tokens)
 
 
-def make_evaluate(decoder: HyperConvDecoder, mask: np.ndarray, importance: np.ndarray) -> Callable[..., jax.Array]:
-    """Return `(params, condition [B,N,L,C], tokens [B,T,H,W]) -> losses [B]`, without noise."""
-    def evaluate(params: Params, condition: jax.Array, tokens: jax.Array) -> jax.Array:
-        predicted: jax.Array = decoder.apply({"params": params}, condition)  # type: ignore[assignment]
-        return token_loss(predicted, tokens, mask, importance)
-
-    return evaluate
-
-
 def make_validate(config: ml_collections.ConfigDict, tasks: Sequence[pairs.Task], decoder: HyperConvDecoder,
                   mesh: jax.sharding.Mesh, mask: np.ndarray, importance: np.ndarray) -> Callable[[Params], dict[str, float]]:
     """Return `params -> {"validation_loss": mean, "validation_loss/<task>": ...}`, which is empty without validation tasks."""
     if not tasks:
         return lambda params: {}
-    evaluate = jax.jit(make_evaluate(decoder, mask, importance), out_shardings=sharding.replicated(mesh))
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def evaluate(params: Params, condition: jax.Array, tokens: jax.Array) -> jax.Array:
+        predicted: jax.Array = decoder.apply({"params": params}, condition)  # type: ignore[assignment]
+        return token_loss(predicted, tokens, mask, importance)
+
     batch = validation_batch(tasks, config)
     count = len(batch[0])
     size = min(count, max(1, config.train.batch_size // config.train.accumulate))  # what a step has room for

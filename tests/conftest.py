@@ -117,7 +117,7 @@ def make_store(folder, rng, *, train=3, validation=1, checkpoints=2, prompts=6, 
     listed = [folder / "importance.npy", *sorted((folder / "tasks").rglob("*.*"))]
     files.write_json(folder / "manifest.json", {
         "format": pairs.FORMAT, "base": {"name": "base", "sha256": "0"}, "spec": spec.to_json(), "layout": layout.to_json(),
-        "gauge": "none", "averaged": [], "encoder": {"name": "none", "length": length}, "tasks": entries,
+        "gauge": "none", "averaged": [], "form": "prompt", "encoder": {"name": "none", "length": length}, "tasks": entries,
         "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in listed},
     })
     return folder

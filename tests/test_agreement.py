@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from data_pipeline import agreement
 from data_pipeline.export import condition_texts
 from dnd_jax import adapters
-from dnd_jax.prompts import Row
+from dnd_jax.sources import Row
 
 MAGNITUDE = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
 

@@ -5,7 +5,7 @@ import json
 from conftest import run_module
 
 from dnd_jax.audit import audit
-from dnd_jax.prompts import Row
+from dnd_jax.sources import Row
 
 
 def test_sound_data_has_no_findings():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dnd_jax import baselines
+from dnd_jax import baselines, embeddings
 from dnd_jax.adapters import Leaf, Spec
 from dnd_jax.adapters.spec import scale_of
 
@@ -36,7 +36,7 @@ def test_random_has_the_mean_norm_of_each_matrix():
 
 def test_nearest_and_top_k_follow_similarity():
     known = np.array([[1.0, 0.0], [0.9, 0.3], [-1.0, 0.1]])
-    similarity = baselines.similarities(np.array([1.0, 0.01]), known)
+    similarity = embeddings.similarities(np.array([1.0, 0.01]), known)
     assert similarity.argmax() == 0
     np.testing.assert_array_equal(baselines.top_k_weights(similarity, 1, 1.0), [1, 0, 0])
     weights = baselines.top_k_weights(similarity, 2, 0.5)

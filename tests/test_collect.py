@@ -15,10 +15,9 @@ import torch
 from conftest import ROOT, run_module, small_base
 
 from data_pipeline import collect, fine_tuning
-from dnd_jax import adapters, prompts
+from dnd_jax import adapters, base_models
 from dnd_jax.adapters.architecture import ALL_LINEAR, spec_of_model
-from dnd_jax.prompts import Row
-from dnd_jax.sources import Source
+from dnd_jax.sources import Row, Source
 from dnd_jax.types import InputError
 from experiments.configs import tenants
 
@@ -280,8 +279,8 @@ def test_dropout_depends_on_the_run_alone(world, tmp_path):
 
 def test_every_file_of_weights_and_every_source_counts(world, tmp_path):
     shutil.copytree(world / "base", tmp_path / "base")
-    plain = prompts.base_identity(str(tmp_path / "base"))["sha256"]
+    plain = base_models.identity(str(tmp_path / "base"))["sha256"]
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"weights")
-    assert prompts.base_identity(str(tmp_path / "base"))["sha256"] != plain
+    assert base_models.identity(str(tmp_path / "base"))["sha256"] != plain
     sources = (Source("a.json"), Source("a.json", num_samples=1), Source("a.json", columns={"prompt": "q"}))
     assert len({source.key for source in sources}) == 3 and sources[0].key == "a.json"

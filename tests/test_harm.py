@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dnd_jax import harm
-from dnd_jax.prompts import Row
 from dnd_jax.scoring.kinds import Scores
+from dnd_jax.sources import Row
 
 ROWS = [Row(f"what is {i} ?", str(i)) for i in range(6)]
 

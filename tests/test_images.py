@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_pipeline import collect, fine_tuning
 from dnd_jax import adapters, images
-from dnd_jax.prompts import Row
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 from experiments.configs import tenants
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from conftest import ROOT, run_module
 
-from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, tokens
+from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs, tokens
 from dnd_jax.encoders import SentenceEncoder
 from experiments import run
 from experiments.configs import common_sense, tenants
@@ -46,13 +46,15 @@ def test_encoder_gives_a_prompt_the_same_condition_in_any_batch(root):
 
 
 def test_runs_share_the_initial_a_and_say_what_made_them(root):
-    tasks = json.loads((root / "tasks.json").read_text())
+    tasks, seeds = json.loads((root / "tasks.json").read_text()), set()
     for name in (*tasks, "multi_task"):
         run = json.loads((root / "adapters" / name / "run.json").read_text())
         assert {"task", "files", "base", "collect", "loss", "seconds"} <= run.keys() and all(np.isfinite(run["loss"]))
         steps = sorted((root / "adapters" / name).glob("step_*"))
         assert len(steps) == run["checkpoints"] == (1 if name == "multi_task" else 2)
         assert run["loss"][0] != run["loss"][-1] and len(run["loss"]) == run["steps"] + run["checkpoints"]
+        seeds.add(run["initial_seed"])
+    assert len(seeds) == 1
 
 
 def test_store_holds_the_adapters_and_the_conditions(root):
@@ -225,7 +227,7 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
     config = tenants.get_config("smoke").unlock()
     store, about = pairs.open_store(root / "store"), checkpoints.load_best(root / "run" / "checkpoints")[2]
     listed = {name: entry["split"] for name, entry in store.manifest["tasks"].items()}
-    evaluate.check_belonging(config, store, about, "run", listed)
+    rungs.check_belonging(config, store, about, "run", listed)
     if change == "decoder":
         about["embeddings"] = {"another": [0.0]} | about["embeddings"]
     elif change == "encoder":
@@ -238,7 +240,7 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
         config.base = str(shutil.copytree(root / "base", tmp_path / "other"))
         (tmp_path / "other" / "config.json").write_text("{}")
     with pytest.raises(adapters.InputError, match=message):
-        evaluate.check_belonging(config, store, about, "run", listed)
+        rungs.check_belonging(config, store, about, "run", listed)
 
 
 @pytest.mark.parametrize("field,value,expected", [

@@ -6,8 +6,8 @@ import pytest
 from conftest import small_base
 
 from data_pipeline import fine_tuning
-from dnd_jax import prompts
-from dnd_jax.prompts import Row
+from dnd_jax import base_models, prompts
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
 
@@ -83,4 +83,4 @@ def test_a_base_that_was_half_downloaded_is_named(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match=f"{tmp_path}: no model: "):
-        prompts.load_base(str(tmp_path))
+        base_models.load_base(str(tmp_path))

@@ -46,7 +46,8 @@ def test_report_compares_rungs_and_shows_further_metrics(rng, others):
     assert result["scoring"] == "choice" and result["rungs"]["ridge"]["chosen"] == "penalty 1"
     cost = {"collect_s": 1, "train_s": None, "generate_s": 0.0123, "in_task_s": 1, "adapters_to_break_even": None}
     tasks = {"small": {"majority": 0.5, "chance": 0.25}, "large": {"majority": 0.3, "chance": 0.15}, "chosen on": {"majority": 1}}
-    lines = report.table(result | {"harm": {}, "cost": cost, "audit": {"tasks": tasks}}).splitlines()
+    result |= {"harm": {}, "cost": cost, "form": "prompt", "audit": {"tasks": tasks, "findings": []}}
+    lines = report.table(result).splitlines()
     assert "the most frequent response alone 40.0%, at most 50.0%, chance 20.0%, in the mean of 2 of 2 tasks" in lines
     assert "collecting 1 s, training unknown, generating 0.0123 s, in-task training 1 s; not known to pay back" in lines
     assert lines[0].endswith(others[0] if others else "won-lost")

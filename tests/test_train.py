@@ -147,7 +147,7 @@ def test_bfloat16_trains_with_moments_and_losses_in_float32(store, batch):
 
 def test_rounding_by_chance_keeps_the_mean():
     x = {"a": jnp.full(40_000, 1 + 2**-10), "b": jnp.full(40_000, -3e-5), "c": jnp.array([0.0, 1.0, -2.5])}
-    kept = optimizers.kept(jax.random.key(0), x, jnp.dtype(jnp.bfloat16))
+    kept = optimizers.stochastic_round(jax.random.key(0), x, jnp.dtype(jnp.bfloat16))
     assert set(np.asarray(kept["a"], np.float32)) == {1.0, 1 + 2**-7}
     np.testing.assert_allclose(np.asarray(kept["a"], np.float64).mean(), 1 + 2**-10, atol=1e-4)
     np.testing.assert_allclose(np.asarray(kept["b"], np.float64).mean(), -3e-5, rtol=1e-3)

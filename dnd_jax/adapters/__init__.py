@@ -14,10 +14,9 @@
 
 from dnd_jax.adapters.folder import content_hash, read, write, write_addressed
 from dnd_jax.adapters.gauge import align, canonical
-from dnd_jax.adapters.keys import check_matches
 from dnd_jax.adapters.profiles import portable
 from dnd_jax.adapters.spec import Leaf, Spec, key_of
 from dnd_jax.types import InputError
 
-__all__ = ["InputError", "Leaf", "Spec", "align", "canonical", "check_matches", "content_hash", "key_of", "portable", "read",
+__all__ = ["InputError", "Leaf", "Spec", "align", "canonical", "content_hash", "key_of", "portable", "read",
            "write", "write_addressed"]

@@ -8,7 +8,7 @@ from dnd_jax.types import InputError
 
 VISION_TOWER = r".*(visual|vision).*"  # has layers of the same names as the language tower, and isn't adapted
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+MLP = ("up_proj", "gate_proj", "down_proj")
 ALL_LINEAR = (*ATTENTION, *MLP)
 
 

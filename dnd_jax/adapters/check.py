@@ -7,19 +7,19 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from dnd_jax import files
-from dnd_jax.adapters import folder as folders
 from dnd_jax.adapters import keys, profiles
+from dnd_jax.adapters.folder import TENSORS, content_hash, read
 from dnd_jax.adapters.spec import Spec, rank_of, scale_of
 from dnd_jax.types import InputError, Tree
 
 
 def explain(folder: files.PathLike) -> str:
     """Return what there is to know about an adapter folder, a fact a line; raises InputError where it is unsound."""
-    tree, spec = folders.read(folder)
-    content, name = folders.content_hash(folder), pathlib.Path(folder).resolve().name
+    tree, spec = read(folder)
+    content, name = content_hash(folder), pathlib.Path(folder).resolve().name
     if re.fullmatch("[0-9a-f]{16}", name) and name != content:  # as `write_addressed` names them
         raise InputError(f"{folder}: its content has hash {content}, the folder's name says {name}")
-    size = (pathlib.Path(folder) / folders.TENSORS).stat().st_size
+    size = (pathlib.Path(folder) / TENSORS).stat().st_size
     lines = {
         "base model": str(spec.config.get("base_model_name_or_path")),
         "adapter": _adapter(tree, spec),

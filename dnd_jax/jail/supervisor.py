@@ -23,11 +23,11 @@ import time
 from dnd_jax.jail import isolation
 
 LONGEST = 4096  # bytes of a report
-FILES = 200
+FILES, DISK_MB, MEMORY_MB = 200, 8, 512  # of the temporary folder, all files together; of address space
 
 
 def main() -> None:
-    """Serve one request: program, seconds, memory_mb, disk_mb, kinds, and where temporary folders go."""
+    """Serve one request: program, seconds, kinds, and where temporary folders go."""
     ctypes.CDLL(None).prctl(isolation.PARENT_DEATH, signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     request = json.load(sys.stdin)
@@ -50,7 +50,7 @@ def _supervise(request: dict, folder: str) -> dict:
         _become_child(request, folder, secret, writing)
     os.close(writing)
     try:
-        killed = _wait(child, reading, folder, request)
+        killed = _wait(reading, folder, request["seconds"])
     finally:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -64,16 +64,16 @@ def _supervise(request: dict, folder: str) -> dict:
     return {"status": "failed", "reason": f"{how} before the end"}
 
 
-def _wait(child: int, reading: int, folder: str, request: dict) -> str:
+def _wait(reading: int, folder: str, seconds: float) -> str:
     """Wait until the child has reported or ended; return why it must be killed, or nothing."""
-    deadline = time.monotonic() + request["seconds"]
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if select.select([reading], [], [], 0.02)[0]:
             return ""  # a report, or the end of the pipe with the child's
         sizes = _sizes(folder)
-        if sum(sizes) > request["disk_mb"] << 20 or len(sizes) > FILES:
-            return f"wrote {len(sizes)} files of {sum(sizes) >> 20} MB, {FILES} and {request['disk_mb']} are allowed"
-    return f"not done after {request['seconds']:g} s"
+        if sum(sizes) > DISK_MB << 20 or len(sizes) > FILES:
+            return f"wrote {len(sizes)} files of {sum(sizes) >> 20} MB, {FILES} and {DISK_MB} are allowed"
+    return f"not done after {seconds:g} s"
 
 
 def _sizes(folder: str) -> list[int]:
@@ -116,7 +116,7 @@ def _become_child(request: dict, folder: str, secret: bytes, writing: int) -> No
         os.chdir(folder)
         os.environ.update({"HOME": folder, "TMPDIR": folder})
         tempfile.tempdir = None
-        isolation.limit(request["seconds"], request["memory_mb"], request["disk_mb"])
+        isolation.limit(request["seconds"], MEMORY_MB, DISK_MB)
         isolation.isolate(folder, tuple(request["kinds"]))
     except BaseException as error:
         report("refused", f"{type(error).__name__}: {error}")

@@ -85,9 +85,9 @@ def _is_code(text: str) -> bool:
     return not any(isinstance(s, ast.Expr) and not isinstance(s.value, ast.Constant | ast.Call) for s in statements)
 
 
-def run_all(rows: Sequence[Row], answers: Sequence[Sequence[str]], *, seconds: float = 5.0) -> list[list[sandbox.Outcome]]:
+def run_all(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[list[sandbox.Outcome]]:
     """Return the outcome of every answer of every row, run side by side."""
     jobs = [program(row, answer) for row, found in zip(rows, answers, strict=True) for answer in found]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = iter(list(pool.map(lambda job: sandbox.run(job, seconds=seconds), jobs)))
+        outcomes = iter(list(pool.map(sandbox.run, jobs)))
     return [[next(outcomes) for _ in found] for found in answers]

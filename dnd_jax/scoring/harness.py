@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from dnd_jax import files, folders, prompts
-from dnd_jax.prompts import Row
+from dnd_jax import base_models, files, folders, prompts
 from dnd_jax.scoring import choice, final_answer
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
 UTILS = '''"""How dnd_jax scores answers, which has to be installed or on PYTHONPATH."""
@@ -35,7 +35,7 @@ def export(folder: files.PathLike, name: str, kind: str, rows: Sequence[Row], ba
                          "and its models take no images here")
     if any(row.images for row in rows):
         raise InputError(f"{name}: a row has images, which aren't exported")
-    tokenizer = prompts.load_tokenizer(base)
+    tokenizer = base_models.load_tokenizer(base)
     options = choice.options(rows, name) if kind == "choice" else [[] for _ in rows]
     lines = [json.dumps({"context": prompts.prompt_text(tokenizer, row), "response": row.response, "kind": kind, "options": found,
                          "gold": found.index(row.response.strip()) if found else 0}, ensure_ascii=False)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dnd_jax.prompts import Row
 from dnd_jax.scoring import choice, code, final_answer
 from dnd_jax.scoring.model import Model, exact_match
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
 KINDS = ("exact", "choice", "final_answer", "code", "vision")
@@ -86,14 +86,10 @@ def score(kind: str, model: Model, rows: Sequence[Row], *, known: Collection[str
 
 def _vision(model: Model, rows: Sequence[Row], ask: dict[str, Any]) -> Scores:
     right, unparsable = np.zeros(len(rows)), np.zeros(len(rows))
-    answers = model.answer(rows, **ask)
-    listed = [choice.listed(row) for row in rows]
-    for scorer, chosen in (("choice", [i for i, found in enumerate(listed) if found]),
-                           ("number", [i for i, found in enumerate(listed) if not found])):
-        ours, theirs = [answers[i] for i in chosen], [rows[i] for i in chosen]
-        found = (choice.by_answer(ours, [listed[i] for i in chosen], theirs) if scorer == "choice"
-                 else final_answer.correct(ours, theirs))
-        right[chosen], unparsable[chosen] = found
+    for i, (answer, row) in enumerate(zip(model.answer(rows, **ask), rows, strict=True)):
+        listed = choice.listed(row)
+        (right[i],), (unparsable[i],) = (choice.by_answer([answer], [listed], [row]) if listed
+                                         else final_answer.correct([answer], [row]))
     return Scores({"choice_or_final_answer": right}, unparsable)
 
 

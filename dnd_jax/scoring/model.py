@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from dnd_jax import adapters, prompts
+from dnd_jax import adapters, base_models, prompts
 from dnd_jax.adapters import Spec
 from dnd_jax.images import Reader
-from dnd_jax.prompts import Row
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError, Tree
 
 IDS, NAME = "input_ids", "adapter"
@@ -30,8 +30,8 @@ class Model:
         from transformers import GenerationConfig
 
         self.base, self._batch_size, self._max_new_tokens = base, batch_size, max_new_tokens
-        self.tokenizer = prompts.load_tokenizer(base)
-        model = prompts.load_base(base)
+        self.tokenizer = base_models.load_tokenizer(base)
+        model = base_models.load_base(base)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         # A base's other settings, as the penalty on repetitions that Qwen's have, would make greedy answers others than greedy.
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)

@@ -24,22 +24,18 @@ class Outcome:
     reason: str = ""
 
 
-def run(program: str, *, seconds: float = 5.0, memory_mb: int = 512, disk_mb: int = 8,
-        kinds: tuple[str, ...] = isolation.KINDS) -> Outcome:
-    """Run a Python program; it passes by running to its end without an exception.
+def run(program: str, *, seconds: float = 5.0, kinds: tuple[str, ...] = isolation.KINDS) -> Outcome:
+    """Run a Python program within the limits of `jail.supervisor`; it passes by running to its end without an exception.
 
     Args:
       program: source, of which only the standard library can be imported.
       seconds: of wall time before it is killed; processor time is limited to one second more.
-      memory_mb: address space.
-      disk_mb: files in its temporary folder, all together; at most 200 files, no folders or links.
       kinds: of `isolation.KINDS`, in order of preference.
 
     Raises:
       InputError: the system offers none of the kinds; the program wasn't run.
     """
-    request = {"program": program, "seconds": seconds, "memory_mb": memory_mb, "disk_mb": disk_mb, "kinds": kinds,
-               "temporary": tempfile.gettempdir()}
+    request = {"program": program, "seconds": seconds, "kinds": kinds, "temporary": tempfile.gettempdir()}
     done = subprocess.run([sys.executable, "-I", "-S", "-c", START], input=json.dumps(request), env={}, capture_output=True,
                           text=True, check=False)
     if done.returncode:

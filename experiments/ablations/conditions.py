@@ -65,9 +65,9 @@ def load(folder: files.PathLike) -> dict[str, dict[str, Any]]:
     return found
 
 
-def prompt_count(variant: str, form_count: int = 14) -> int | None:
+def prompt_count(variant: str) -> int | None:
     """Return how many prompts a condition of the variant has, if it belongs to that comparison: conditions of prompts only."""
-    return form_count if variant == "form-prompt" else VARIANTS[variant].get("prompts")
+    return 14 if variant == "form-prompt" else VARIANTS[variant].get("prompts")
 
 
 def define_flags() -> None:

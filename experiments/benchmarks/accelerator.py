@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import functools
 import multiprocessing
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from experiments.benchmarks import overhead
 from experiments.configs import coding, common_sense, multimodal
 
 PEAK = {"H100": 790.0, "H200": 790.0, "A100": 312.0}  # dense bf16 TFLOP/s that matrix products reach or are sold with
-BYTES = {"H100": 3.3e12, "H200": 4.8e12, "A100": 2.0e12}  # of memory traffic, per second
+BANDWIDTH = 3.3e12  # of an H100's memory, bytes a second
 CONFIGS: dict[str, Callable[[], Any]] = {
     "0.5b": common_sense.get_config, "1.5b": coding.get_config, "3b": multimodal.get_config,
     "7b": lambda: coding.get_config("7b")}
@@ -34,16 +33,16 @@ def decoder_of(config: Any) -> HyperConvDecoder:
     return overhead.make_decoder(config)[0].clone(dtype=jnp.bfloat16)
 
 
-def floors(chip: str = "H100") -> str:
-    """Return what would run on a chip, and the least time of a direct convolution there."""
-    lines = [f"No accelerator. On one, this would time, with peak memory: floors on {chip} of the direct convolution at "
-             f"{PEAK[chip]:.0f} TFLOP/s and {BYTES[chip] / 1e12:.1f} TB/s, one adapter and one training step"]
+def floors() -> str:
+    """Return what would run on an H100, and the least time of a direct convolution there."""
+    lines = [f"No accelerator. On one, this would time, with peak memory: floors on H100 of the direct convolution at "
+             f"{PEAK['H100']:.0f} TFLOP/s and {BANDWIDTH / 1e12:.1f} TB/s, one adapter and one training step"]
     for name, get_config in CONFIGS.items():
         config = get_config()
         decoder, batch = decoder_of(config), config.train.batch_size
-        compute = decoder.flops / PEAK[chip] / 1e12
+        compute = decoder.flops / PEAK["H100"] / 1e12
         parameters = overhead.size_of(decoder)["parameters"]
-        memory = 2 * parameters / BYTES[chip]
+        memory = 2 * parameters / BANDWIDTH
         lines.append(f"{name:5} {decoder.flops / 1e12:5.1f} TFLOP, {parameters / 1e9:.2f} G parameters: adapter "
                      f"{1000 * max(compute, memory):.1f} ms ({1000 * memory:.1f} ms of it to read bf16 parameters at the least), "
                      f"step of {batch} {3 * batch * compute:.1f} s")
@@ -93,7 +92,7 @@ def measure_ours(name: str) -> dict[str, Any]:
     def timed(call: Callable[..., Any], *args: Any) -> list[Any]:
         lowered = jax.jit(call).lower(*args)
         compiled = lowered.compile()
-        time_s = seconds(lambda: jax.block_until_ready(compiled(*args)))
+        time_s = overhead.median_seconds(lambda: compiled(*args), 5)
         tflops = (lowered.cost_analysis() or {}).get("flops", 0) / time_s / 1e12
         used: Any = compiled.memory_analysis()
         size = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
@@ -153,17 +152,6 @@ def measure_torch(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for what, gradient in (("adapter", False), ("step_batch_1", True)):
         torch.cuda.reset_peak_memory_stats()
-        row |= {f"{what}_ms": 1000 * seconds(functools.partial(call, gradient))}
+        row |= {f"{what}_ms": 1000 * overhead.median_seconds(functools.partial(call, gradient), 5)}
         row |= {f"{what}_peak_gb": torch.cuda.max_memory_allocated() / 1e9}
     return row
-
-
-def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the median of some calls after one that compiles."""
-    call()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times))

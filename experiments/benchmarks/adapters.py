@@ -20,29 +20,20 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dnd_jax import adapters, cli, files, tokens
-from dnd_jax.adapters import Leaf, Spec
+from dnd_jax.adapters import Spec
+from dnd_jax.adapters.architecture import spec_of_model
 from dnd_jax.types import TokenArray, Tree
 from experiments.benchmarks.overhead import seconds_of
-
-RANK, HIDDEN, KV, INTERMEDIATE = 16, 3584, 512, 18944
-WIDTHS = {
-    "self_attn/q_proj": (HIDDEN, HIDDEN), "self_attn/k_proj": (HIDDEN, KV), "self_attn/v_proj": (HIDDEN, KV),
-    "self_attn/o_proj": (HIDDEN, HIDDEN), "mlp/gate_proj": (HIDDEN, INTERMEDIATE), "mlp/up_proj": (HIDDEN, INTERMEDIATE),
-    "mlp/down_proj": (INTERMEDIATE, HIDDEN),
-}
+from experiments.configs import common
 
 
 def make_adapter(layers: int) -> tuple[Tree, Spec]:
     """Return a random adapter of Qwen2.5-7B's shape with so many layers."""
+    _, rank, shapes = common.MODELS["7b"]
+    spec = spec_of_model({**shapes, "num_hidden_layers": layers}, rank, dtype="bfloat16")
     rng = np.random.default_rng(0)
-    flat = {}
-    for layer in range(layers):
-        for name, (width, out) in WIDTHS.items():
-            path = f"model/layers/{layer}/{name}"
-            flat[f"{path}/lora_A"] = rng.standard_normal((RANK, width), np.float32).astype(ml_dtypes.bfloat16)
-            flat[f"{path}/lora_B"] = rng.standard_normal((out, RANK), np.float32).astype(ml_dtypes.bfloat16)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": [n.split("/")[1] for n in WIDTHS]}
-    return unflatten_dict(flat, sep="/"), Spec(config, {p: Leaf(v.shape, v.dtype.name) for p, v in flat.items()})
+    flat = {path: rng.standard_normal(leaf.shape, np.float32).astype(ml_dtypes.bfloat16) for path, leaf in spec.leaves.items()}
+    return unflatten_dict(flat, sep="/"), spec
 
 
 def encode_by_tiles(tree: Tree, layout: tokens.Layout) -> TokenArray:

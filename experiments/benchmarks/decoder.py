@@ -37,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dnd_jax import cli, files, released, sharding
-from dnd_jax.decoder import HyperConvDecoder, plane_conv, prepare
+from dnd_jax import cli, files, fourier_conv, released, sharding
+from dnd_jax.decoder import HyperConvDecoder, plane_axes, prepare
 from dnd_jax.types import InputError
 from experiments.benchmarks import accelerator
 from experiments.benchmarks.overhead import seconds_of
@@ -82,7 +82,8 @@ class OneConvolution(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, self.features[0][0], self.features[1][0])
-        return plane_conv(x, self.param("weight", nn.initializers.normal(0.01), shape), "BNMD,MD->BOMD")
+        kernel = self.param("weight", nn.initializers.normal(0.01), shape)
+        return fourier_conv.convolve(x, kernel, plane_axes("BNMD,MD->BOMD"))
 
 
 def ours(decoder: Any, params: Any, x: np.ndarray, target: np.ndarray, cores: int = 1) -> dict[str, Callable[[], Any]]:

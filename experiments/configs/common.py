@@ -12,7 +12,8 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+from dnd_jax.adapters.architecture import ALL_LINEAR
+
 # hub name, LoRA rank, and the fields of its config.json that decide the shapes of its adapters
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", 8, {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2,
