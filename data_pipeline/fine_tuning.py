@@ -56,6 +56,9 @@ def check(c: ml_collections.ConfigDict, processes: int = 1) -> None:
 def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tuple[Any, Any, dict[str, Any]]:
     """Load base and tokenizer, add LoRA layers; return the PEFT model, the tokenizer and the initial LoRA weights.
 
+    The last model is kept: the next call with the same arguments returns the same object, as trained, and the caller copies the
+    initial weights back.
+
     The base has the dtype `c.dtype`, or is quantised to 4 bits and computes in that dtype; LoRA weights are float32.
     """
     import torch

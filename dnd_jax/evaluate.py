@@ -80,7 +80,8 @@ def harms(ev: Evaluation) -> dict[str, Any]:
 def cost(ev: Evaluation, workdir: pathlib.Path) -> dict[str, float | None]:
     """Return seconds of collecting, training, generating, and how many adapters pay them back against in-task training.
 
-    None is what isn't known, as of runs and decoders from elsewhere, and the adapters if they never do.
+    A figure is None where it isn't known, as for runs and decoders from elsewhere; `adapters_to_break_even` also where in-task
+    training takes no longer than generating.
     """
     collect_s = _sum([_collect_s(ev, task) for task in (*ev.train, *ev.validation)])
     in_task_s = _sum([_collect_s(ev, task) for task in ev.test], of=len(ev.test))

@@ -53,7 +53,7 @@ def check_ours(final: files.PathLike, marker: str, names: str = ".*") -> None:
 
 @contextlib.contextmanager
 def temporary_folder(final: files.PathLike) -> Iterator[pathlib.Path]:
-    """Yield a new folder beside `final`; what is still there when the block ends is removed, after a kill by this host's next."""
+    """Yield a new folder beside `final`, removed if it is still there when the block ends; after a kill, by this host's next."""
     final = pathlib.Path(final)
     temporary = files.temporary_name(final)
     of_host = re.compile(re.escape(temporary.name.rpartition("-")[0]) + r"-\d+")
@@ -91,7 +91,7 @@ def _abandoned(folder: pathlib.Path) -> bool:
 
 
 def publish(temporary: pathlib.Path, final: files.PathLike) -> None:
-    """Rename a complete folder to its final name, after its files are on disk, replacing at once what has that name."""
+    """Rename a complete folder to its final name, after its files are on disk, atomically replacing what has that name."""
     final = pathlib.Path(final)
     sync_all(temporary)
     if os.path.lexists(final):
@@ -124,7 +124,7 @@ def sync_all(folder: pathlib.Path) -> None:
 
 
 def _exchange(temporary: pathlib.Path, final: pathlib.Path) -> None:
-    """Let two paths change names at once, or where the system has no call for that, one after the other."""
+    """Swap two names atomically, or one after the other where the system has no call for that."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 and renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(final), _RENAME_EXCHANGE) == 0:
         return
@@ -145,7 +145,7 @@ def check_link(name: files.PathLike) -> pathlib.Path:
 
 
 def link(name: files.PathLike, target: pathlib.Path) -> None:
-    """Make `name` a relative symbolic link to `target`, replacing a link of that name at once."""
+    """Make `name` a relative symbolic link to `target`, atomically replacing a link of that name."""
     path = check_link(name)
     temporary = files.temporary_name(path)
     temporary.unlink(missing_ok=True)

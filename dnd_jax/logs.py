@@ -51,7 +51,7 @@ class MetricsLog:
         self._board = _Board(workdir / "tensorboard", first) if tensorboard else None
 
     def append(self, step: int, metrics: dict[str, float], batch_size: int, waited: float) -> dict[str, float]:
-        """Write one line, at once, and return it without its step; `waited` is the input's seconds since the run started.
+        """Write one line, at once, and return it without its step; `waited` is how long the run has waited for input so far, s.
 
         Where it can't be written, `failure` and standard error say so.
         """

@@ -24,6 +24,8 @@ from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError
 
 FORMAT = 2
+# Second number of a generator's seed, where it is no step. NumPy fills seeds up with zeros: (s, 1, i, 0) is sample i of step 1.
+VALIDATION, CONDITION, RANDOM_TEXT, RANDOM_ADAPTER = 1, 2, 3, 4
 CARRIED = "carried.safetensors"
 SEAL = "manifest.sha256"
 NAMES = rf"{SEAL}|{CARRIED}|importance.npy|tasks"  # of what a store holds beside its manifest, as a pattern
@@ -106,8 +108,8 @@ def draw(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int) 
 
 
 def condition_of(task: Task, seed: int, draw: int, prompts: int) -> Float[np.ndarray, "N L C"]:
-    """Return the condition of a task that no sample is of: of one draw of its prompts, the same for all that is compared."""
-    rng = np.random.default_rng((seed, 2, draw, *task.name.encode()))
+    """Return a task's condition for one draw of its prompts: the same for every rung, and of no training sample."""
+    rng = np.random.default_rng((seed, CONDITION, draw, *task.name.encode()))
     return task.condition[draw_prompts(rng, len(task.condition), prompts)]
 
 

@@ -15,7 +15,7 @@ from dnd_jax.statistics import Bootstrap
 LABEL_FREE = ("base", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge", "random", "multi_task")
 ORDER = ("base", "in_context", *LABEL_FREE[1:], "dnd", "dnd_shuffled", "dnd_random_text", "in_task")
 DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")
-ABOUT_ZERO = 0.05  # an interval around zero that ends below this is
+ABOUT_ZERO = 0.05  # an interval that includes zero and ends below this counts as about zero
 
 
 def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[str, str], tasks: Sequence[str]) -> dict[str, Any]:
@@ -25,6 +25,15 @@ def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[st
       found: scores by rung, task and prompt draw.
       notes: what a rung chose on the validation tasks.
       tasks: names of the test tasks.
+
+    Returns:
+      What `report.json` holds, to which `evaluate.climb` adds form, harm, cost, audit and checkpoint; a rung that is left out is
+      absent:
+
+        {"scoring": "exact_match", "best_label_free": "ridge", "verdict": "...",
+         "rungs": {"ridge": {"mean": 0.73, "ci95": [0.62, 0.83], "unparsable": 0.27, "per_task": {"zib_roman": 0.8},
+                             "metrics": {other means}, "chosen": "penalty 0.01"}},
+         "differences": {"dnd-ridge": {"mean": 0.19, "ci95": [0.07, 0.31], "won": 9, "lost": 2}}}
     """
     metric, *others = found["dnd"][0][0].metrics
     scores = {name: [np.mean([draw.main for draw in task], axis=0) for task in rung] for name, rung in found.items()}

@@ -185,7 +185,7 @@ def random_text(ev: Evaluation) -> MakeAdapter:
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz     "))
 
     def make(task: pairs.Task, draw: int) -> Adapter:
-        rng = np.random.default_rng((ev.config.seed, 3, draw, *task.name.encode()))
+        rng = np.random.default_rng((ev.config.seed, pairs.RANDOM_TEXT, draw, *task.name.encode()))
         texts = ["".join(rng.choice(letters, 40)) for _ in range(ev.generator.prompts)]
         return ev.made(flatten_dict(ev.generator(encoder(texts)), sep="/"))
     return make
@@ -202,7 +202,7 @@ def choosing_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
 
 def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
     """Return every rung that is an adapter of the store's rank, with what it chose on the validation tasks."""
-    rng = np.random.default_rng((ev.config.seed, 4))
+    rng = np.random.default_rng((ev.config.seed, pairs.RANDOM_ADAPTER))
     return {
         "mean_adapter": (fixed(ev.made(baselines.weighted_mean(ev.known, np.ones(len(ev.known))))), ""),
         **(choosing_rungs(ev) if ev.validation else {}),

@@ -240,7 +240,7 @@ def main(args: Any) -> None:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise InputError for what no run can be begun with; its config would otherwise be the workdir's for ever."""
+    """Raise InputError at settings that no run can start with, before `workdirs.claim` binds the workdir to them."""
     t = config.train
     if t.on_failed_save not in ("stop", "continue"):
         raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")

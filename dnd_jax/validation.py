@@ -18,7 +18,7 @@ def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigD
     conditions, tokens = [], []
     for number, task in enumerate(tasks):
         for draw in range(config.train.validation_draws):
-            rng = np.random.default_rng((config.seed, 1, number, draw))
+            rng = np.random.default_rng((config.seed, pairs.VALIDATION, number, draw))
             conditions.append(task.condition[pairs.draw_prompts(rng, len(task.condition), config.condition.prompts)])
             tokens.append(task.tokens[-1])
     return np.stack(conditions), np.stack(tokens)
