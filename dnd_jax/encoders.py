@@ -47,13 +47,14 @@ def make(settings: Mapping[str, Any]) -> Encoder:
 
 
 def identity(settings: Mapping[str, Any]) -> str:
-    """Return a hash of all files of an encoder, or of a hub repository `commit` and its own."""
+    """Return a hash of all files of an encoder but hidden ones and Markdown, or of a hub repository `commit` and its own."""
     path = pathlib.Path(settings["name"])
     if path.is_file():
         return files.sha256_file(path)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return files.sha256_text("".join(f"{p.relative_to(path)}\0{files.sha256_file(p)}\n" for p in found))
+        found = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix != ".md"}
+        return files.sha256_text("".join(f"{name}\0{files.sha256_file(p)}\n" for name, p in found.items()
+                                         if not name.startswith(".") and "/." not in name))
     from transformers import AutoConfig
 
     return f"commit {getattr(AutoConfig.from_pretrained(str(path)), '_commit_hash', None)}"

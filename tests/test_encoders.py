@@ -160,6 +160,9 @@ def test_a_decoder_gets_the_encoder_of_its_conditions_or_none(folders, tmp_path,
     chosen = {"name": str(tmp_path / "sentence"), "length": 8}
     about = {"encoder": chosen, "encoder_sha256": encoders.identity(chosen), "features": [[4, 8, 16], [2, 2, 2]]}
     assert encoders.identity(chosen) == encoders.identity({"name": str(folders / "sentence")})
+    (tmp_path / "sentence" / "README.md").write_text("words only")
+    (tmp_path / "sentence" / ".cache" / "hub").mkdir(parents=True)
+    (tmp_path / "sentence" / ".cache" / "hub" / "model.metadata").write_text("of a download")
     assert encoders.of_decoder(about).width == 16
     weights = tmp_path / "sentence" / "model.safetensors"
     data = weights.read_bytes()
