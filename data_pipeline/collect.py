@@ -87,7 +87,11 @@ def is_finished(folder: pathlib.Path, expected: dict[str, Any]) -> bool:
         return False
     found = files.read_json(folder / "run.json")
     for key, value in expected.items():
-        if found.get(key) != value:
+        known = found.get(key)
+        same = base_models.is_same(known, value) if key == "base" and known else known == value
+        if key == "files" and known:  # under whatever names
+            same = [*known.values()] == [*value.values()]
+        if not same:
             raise InputError(f"{folder / 'run.json'}: {key} was {found.get(key)}, is now {value}; move the folder away")
     return True
 

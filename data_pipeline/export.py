@@ -92,7 +92,7 @@ def export(config: ml_collections.ConfigDict) -> None:
     layout = tokens.plan(reference, config.export.chunk)
     change = make_gauge(config.export.gauge, reference_tree, reference)
     base = check_runs(config)
-    encoder = encoders.make(config.encoder)
+    encoder, encoder_sha256 = encoders.make(config.encoder), encoders.identity(config.encoder)
     entries: dict[str, dict[str, Any]] = {}
     with folders.atomic_folder(config.export.store, "manifest.json", pairs.NAMES) as folder:
         weights, specs, found = [], {}, []
@@ -115,7 +115,7 @@ def export(config: ml_collections.ConfigDict) -> None:
         files.write_json(folder / "manifest.json", {
             "format": pairs.FORMAT, "base": base, "spec": reference.to_json(), "layout": layout.to_json(),
             "gauge": config.export.gauge, "averaged": averaged,
-            "encoder": config.encoder.to_dict(), "encoder_sha256": encoders.identity(config.encoder),
+            "encoder": config.encoder.to_dict(), "encoder_sha256": encoder_sha256,
             "form": config.condition.form, "tasks": entries,
             "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()},
         })
@@ -145,7 +145,7 @@ def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:
             raise InputError(f"{name}/run.json: doesn't say on which base, found {str(record)[:60]!r}; collect it again")
     base = base_models.identity(config.base)
     found = [f"{name}: collected on base {record['base']}, the config's is {base}"
-             for name, record in records.items() if record["base"] != base]
+             for name, record in records.items() if not base_models.is_same(record["base"], base)]
     for run in runs:
         known, wanted = records[str(collected[run.name])], collect.identity(config, run)
         found += [f"{collected[run.name]}: {key} was {known[key]}, is now {wanted[key]}; collect it again"

@@ -2,12 +2,15 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors import SafetensorError
 
 from dnd_jax import files
 from dnd_jax.types import InputError
+
+UNKNOWN = "None"  # the commit of a hub repository, where it can't be told
 
 
 def load_tokenizer(base: str) -> Any:
@@ -41,11 +44,25 @@ def load_base(base: str, **options: Any) -> Any:
 
 def identity(base: str) -> dict[str, str]:
     """Return a base model's name and a hash: of a folder's config and weights, or a hub repository's commit."""
-    if pathlib.Path(base).is_dir():
-        folder = pathlib.Path(base)
-        weights = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    folder = pathlib.Path(base)
+    if folder.is_dir():
+        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))  # as transformers chooses
         return {"name": base, "sha256": files.sha256_text(
             files.sha256_files(weights) + files.sha256_files(folder.glob("config.json")))}
-    from transformers import AutoConfig
+    return {"name": base, "sha256": str(hub_commit(base))}
 
-    return {"name": base, "sha256": str(getattr(AutoConfig.from_pretrained(base), "_commit_hash", None))}
+
+def is_same(base: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Tell whether two bases are one by their hashes, or by their names where a hub repository's commit wasn't known."""
+    known = UNKNOWN not in (base["sha256"], other["sha256"])
+    return base["sha256"] == other["sha256"] if known else base["name"] == other["name"]
+
+
+def hub_commit(name: str) -> str | None:
+    """Return the commit of a hub repository as it was downloaded, or None where that can't be told."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        return extract_commit_hash(cached_file(name, "config.json"), None)
+    except OSError:
+        return None

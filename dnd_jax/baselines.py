@@ -67,7 +67,7 @@ class Ridge:
     """
 
     def __init__(self, embeddings: Float[np.ndarray, "S C"], adapters: Sequence[Flat], penalty: float):
-        """Fit sample s to adapter s; the penalty is relative to the number of samples."""
+        """Fit as many samples in a row to each adapter, S in all; the penalty is relative to their number."""
         self._adapters, self._mean, self._scale = adapters, embeddings.mean(0), embeddings.std(0) + 1e-6
         x = ((embeddings - self._mean) / self._scale).astype(np.float64)
         self._dual = np.linalg.solve(x @ x.T + penalty * len(x) * np.eye(len(x)), x)
@@ -76,5 +76,6 @@ class Ridge:
         """Predict an adapter, float32."""
         weights = self._dual @ ((embedding - self._mean) / self._scale)
         weights += (1 - weights.sum()) / len(weights)  # what isn't explained is the mean
+        weights = weights.reshape(len(self._adapters), -1).sum(1)
         return {path: sum(w * a[path].astype(np.float64) for w, a in zip(weights, self._adapters, strict=True)).astype(np.float32)
                 for path in self._adapters[0]}

@@ -99,7 +99,9 @@ def _in_words(error: Exception) -> str:
 def config_words() -> list[str]:
     """Return the words that make another command's config what this one's is, however they were written."""
     fields = [name for name in flags.FLAGS if name == "config" or name.startswith("config.")]  # of fields only those given
-    return [word for name in fields for word in (flags.FLAGS[name].serialize() or f"--{name}=()").split("\n")]
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in fields if name != "config"}
+    return [f"--{name}={tuple(values[name])!r}" if isinstance(values.get(name), list | tuple) else flags.FLAGS[name].serialize()
+            for name in fields]
 
 
 def config_dict(config: ml_collections.ConfigDict) -> Any:

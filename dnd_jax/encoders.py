@@ -16,8 +16,10 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 
 from dnd_jax import files
+from dnd_jax.base_models import hub_commit
 from dnd_jax.types import InputError
 
+LOADED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
 NUMBER = re.compile(r"-?\d*\.?\d+(e-?\d+)?")
 
 
@@ -46,18 +48,21 @@ def make(settings: Mapping[str, Any]) -> Encoder:
     return KINDS[kind](**options)
 
 
-def identity(settings: Mapping[str, Any]) -> str:
-    """Return a hash of all files of an encoder but hidden ones and Markdown, or of a hub repository `commit` and its own."""
+def identity(settings: Mapping[str, Any]) -> str | None:
+    """Return a hash of an encoder's files, or of a hub repository `commit` and its own, None where that can't be told.
+
+    Of a folder count weights, words and settings in the formats that are loaded, and no hidden files.
+    """
     path = pathlib.Path(settings["name"])
     if path.is_file():
         return files.sha256_file(path)
     if path.is_dir():
-        found = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix != ".md"}
+        found = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix in LOADED}
         return files.sha256_text("".join(f"{name}\0{files.sha256_file(p)}\n" for name, p in found.items()
                                          if not name.startswith(".") and "/." not in name))
-    from transformers import AutoConfig
-
-    return f"commit {getattr(AutoConfig.from_pretrained(str(path)), '_commit_hash', None)}"
+    name = settings["name"]  # sentence-transformers adds the name of its own organisation
+    commit = hub_commit(name) or (hub_commit(f"sentence-transformers/{name}") if "/" not in name else None)
+    return f"commit {commit}" if commit else None
 
 
 def of_decoder(about: Mapping[str, Any]) -> Encoder:
@@ -68,17 +73,23 @@ def of_decoder(about: Mapping[str, Any]) -> Encoder:
     Raises:
       InputError: its files are others by now, or its width.
     """
-    settings, known = about["encoder"], about.get("encoder_sha256")
+    settings = about["encoder"]
     encoder = make(settings)
     if (width := about["features"][0][-1]) != encoder.width:
         raise InputError(f"encoder {settings['name']}: has {encoder.width} channels, the decoder takes {width}")
-    if known is None or (found := identity(settings)) == known:
-        return encoder
-    if not found.startswith("commit "):
-        raise InputError(f"encoder {settings['name']}: its files have sha256 {found[:12]}..., those of the decoder's conditions "
-                         f"had {known[:12]}...")
-    print(f"warning: encoder {settings['name']} is of {found}, that of the decoder's conditions was {known}")
+    check_same(about)
     return encoder
+
+
+def check_same(about: Mapping[str, Any]) -> None:
+    """Raise InputError if the files of a decoder's encoder have changed since; another commit on the hub is only said."""
+    name, known, found = about["encoder"]["name"], about.get("encoder_sha256"), identity(about["encoder"])
+    if None in (known, found) or found == known:
+        return
+    if not str(found).startswith("commit "):
+        raise InputError(f"encoder {name}: its files have sha256 {str(found)[:12]}..., those of the decoder's conditions had "
+                         f"{str(known)[:12]}...")
+    print(f"warning: encoder {name} is of {found}, that of the decoder's conditions was {known}")
 
 
 class _Transformer(abc.ABC):

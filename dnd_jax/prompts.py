@@ -44,9 +44,13 @@ def read_prompts(path: files.PathLike) -> list[str]:
         listed = value if isinstance(value, list) else [value]
         if strange := [v for v in listed if not isinstance(v, str | dict) or listed is not value]:
             raise InputError(f"{path}: expected a list of strings or of rows with a 'prompt', found {str(strange[0])[:60]!r}")
-        rows = [v for v in listed if isinstance(v, dict)]
-        asked = iter(sources.to_rows(rows, Source(str(path))) if rows else [])
-        found = [v if isinstance(v, str) else next(asked).prompt for v in listed]
+        found = [v.get("prompt") if isinstance(v, dict) else v for v in listed]
+        others = [i for i, prompt in enumerate(found) if not isinstance(prompt, str)]  # chats, or instructions
+        rows = sources.to_rows([listed[i] for i in others], Source(str(path))) if others else []
+        for i, row in zip(others, rows, strict=True):
+            if not row.prompt.strip():
+                raise InputError(f"{path}: row {i} has no text as its prompt: {str(listed[i])[:60]!r}")
+            found[i] = row.prompt
     else:
         found = [line.rstrip("\r") for line in files.read_lines(path)]
     prompts = [prompt for prompt in found if prompt.strip()]

@@ -14,6 +14,8 @@ from dnd_jax.statistics import Bootstrap
 
 LABEL_FREE = ("base", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge", "random", "multi_task")
 ORDER = ("base", "in_context", *LABEL_FREE[1:], "dnd", "dnd_shuffled", "dnd_random_text", "in_task")
+WHY_LEFT_OUT = {"no validation tasks are there to choose on": ("best_single", "weighted_topk", "ridge"),
+                "the adapters are more than products": ("mean_product",)}
 DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")
 ABOUT_ZERO = 0.05  # an interval that includes zero and ends below this counts as about zero
 
@@ -93,8 +95,9 @@ def table(result: dict[str, Any]) -> str:
         if others:
             line = f"{line:<87}" + "".join(f"  {rung['metrics'][other]:>{len(other)}.1%}" for other in others)
         lines.append(line.rstrip())
-    if left_out := [name for name in ORDER if name not in result["rungs"]]:
-        lines.append(f"left out, as no validation tasks are there to choose on: {', '.join(left_out)}")
+    for reason, names in WHY_LEFT_OUT.items():
+        if left_out := [name for name in names if name not in result["rungs"]]:
+            lines.append(f"left out, as {reason}: {', '.join(left_out)}")
     if (form := result["form"]) != "prompt":
         lines.append(f"conditions of form {form!r}: DnD and the rungs by similarity see responses of the test tasks")
     lines += [f"finding of the audit: {finding}" for finding in result["audit"]["findings"]]

@@ -122,8 +122,13 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
         compare("it was trained on", sorted(about["embeddings"]), sorted(task.name for task in store.split("train")))
     for name, entry in store.manifest["tasks"].items():
         compare(f"the split of {name} is", listed.get(name), entry["split"], "config.tasks")
-    known = store.manifest["base"]["sha256"]
-    compare(f"{config.base} has sha256", base_models.identity(config.base)["sha256"], known, "config.base")
+    for key in ("form", "encoder_sha256"):
+        if key in about and key in store.manifest:
+            compare(f"its {key} is", about[key], store.manifest[key])
+    encoders.check_same(about)
+    found, known = base_models.identity(config.base), store.manifest["base"]
+    if not base_models.is_same(found, known):
+        compare(f"{config.base} has sha256", found["sha256"], known["sha256"], "config.base")
 
 
 # --- rungs -----------------------------------------------------------------------------------------------------------
@@ -165,7 +170,7 @@ def ridge(ev: Evaluation, penalty: float) -> MakeAdapter:
     """Regress training adapters on embeddings of many prompt draws of the decoder's size."""
     draws = range(100, 100 + ev.e.ridge_draws)
     x = np.stack([embeddings.pool(ev.draw(task, d)) for task in ev.train for d in draws])
-    model = baselines.Ridge(x, [flat for flat in ev.known for _ in draws], penalty)
+    model = baselines.Ridge(x, ev.known, penalty)
     return lambda task, draw: ev.made(model(embeddings.pool(ev.draw(task, draw))))
 
 

@@ -11,7 +11,7 @@ from dnd_jax.types import InputError
 
 # Fields that change no parameter of a run but by rounding; another value may resume it. `train.steps` is not among them: the
 # learning rate falls to zero at the last step.
-FREE = re.compile(r"evaluate\..*|mesh\.(data|fsdp|tensor)|"
+FREE = re.compile(r"evaluate\..*|model\..*|mesh\.(data|fsdp|tensor)|"
                   r"train\.(accumulate|remat|prefetch|log_every|tensorboard|keep_last|keep_every|on_failed_save)")
 
 

@@ -65,9 +65,18 @@ CONTEXTS = {  # what stands in a prompt before its last function
     "imports of several lines": "from typing import (\n    List,\n)\nMOD = len([List]) + 9\nhelper = int\n\n",
     "words": "Count from 1 to n and add ten.\nfrom 1 to n and returns the sums\n\nMOD = 10\nhelper = int\n",
     "one word": "Solve\n\nMOD = 10\nhelper = int\n",
+    "words between": "import math\nMOD = int(math.sqrt(100))\n\nAdd ten:\n>>> answer([1])\n\nhelper = int\nDifficulty: easy\n",
+    "comprehensions": "from math import *\nMOD = [i for i in range(20)][int(sqrt(100))]\nhelper = lambda x: x\n",
+    "an example": "MOD = 10\nhelper = int\nassert answer([1]) == [11]\nanswer([2])\n",
+    "equations": "Let y = x + 1 be even, where\nn = m + k\n\nMOD: int = 10\nhelper = int\n",
+    "decorated": "from functools import cache\n\nMOD = 10\n@cache\ndef helper(x):\n    return x\n\n\nthen\n@cache\n",
 }
-FENCES = ["{}", "```python3\n{}\n```", "```bash\npip install it\n```\nThen:\n```python\n{}\n```\n```text\n[11]\n```",
-          "First:\n```python\nprint(answer([1]))\n```\nwith\n```py\n{}\n```", "From the text I take:\nfrom here on\n\n{}"]
+FENCES = [
+    "{}", "```python3\n{}\n```", "```python\n{}```", "```python\n{}\n``` This works since it adds.",
+    "Sure! Here: ```python\n{}\n```", "```\r\n{}\r\n```\r\n",
+    "```bash\npip install it\n```\nThen:\n```python\n{}\n```\n```text\n[11]\n```",
+    "It calls ```helper``` first:\n```python title='a'\n{}\n```", "From the text I take:\nfrom here on\n\n{}",
+    "First:\n```python\nprint(answer([1]))\n```\nwith\n```py\n{}\n```"]
 
 
 @pytest.mark.parametrize("context", CONTEXTS)

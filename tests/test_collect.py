@@ -1,5 +1,6 @@
 """Fine-tuning at scale, in miniature: however a batch is divided and whatever is recomputed, the run is the same run."""
 
+import functools
 import json
 import os
 import shutil
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_module, small_base
+from transformers.utils.hub import cached_file
 
 from data_pipeline import collect, fine_tuning
-from dnd_jax import adapters, base_models
+from dnd_jax import adapters, base_models, encoders
 from dnd_jax.adapters.architecture import ALL_LINEAR, spec_of_model
 from dnd_jax.sources import Row, Source
 from dnd_jax.types import InputError
@@ -277,10 +279,47 @@ def test_dropout_depends_on_the_run_alone(world, tmp_path):
     assert_same(run(world, tmp_path / "b", dropout=0.3), first, 0)
 
 
-def test_every_file_of_weights_and_every_source_counts(world, tmp_path):
-    shutil.copytree(world / "base", tmp_path / "base")
-    plain = base_models.identity(str(tmp_path / "base"))["sha256"]
-    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"weights")
-    assert base_models.identity(str(tmp_path / "base"))["sha256"] != plain
+def test_the_weights_that_are_loaded_and_every_source_count(world, tmp_path):
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    found = [base_models.identity(str(base))["sha256"]]
+    (base / "training_args.bin").write_bytes(b"of a trainer")
+    (base / "pytorch_model.bin").write_bytes(b"not loaded")
+    assert base_models.identity(str(base))["sha256"] == found[0]
+    (base / "model.safetensors").unlink()
+    for weights in (b"weights", b"others"):
+        (base / "pytorch_model.bin").write_bytes(weights)
+        found.append(base_models.identity(str(base))["sha256"])
+    assert len(set(found)) == 3
     sources = (Source("a.json"), Source("a.json", num_samples=1), Source("a.json", columns={"prompt": "q"}))
     assert len({source.key for source in sources}) == 3 and sources[0].key == "a.json"
+
+
+def test_hub_names_are_known_by_their_commit(tmp_path, monkeypatch):
+    """As the hub's cache has it; nothing else in transformers says it any more."""
+    commit = "a" * 40
+    snapshot = tmp_path / "models--some--base" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--some--base" / "refs").mkdir()
+    (tmp_path / "models--some--base" / "refs" / "main").write_text(commit)
+    hub = "transformers.utils.hub.cached_file"
+    monkeypatch.setattr(hub, functools.partial(cached_file, cache_dir=str(tmp_path), local_files_only=True))
+    assert base_models.identity("some/base") == {"name": "some/base", "sha256": commit}
+    assert encoders.identity({"name": "some/base"}) == f"commit {commit}" and encoders.identity({"name": "no/base"}) is None
+    unknown, other = {"name": "some/base", "sha256": "None"}, {"name": "other", "sha256": commit}
+    assert base_models.is_same(unknown, base_models.identity("some/base")) and base_models.is_same(other, other | {"name": "x"})
+    assert not base_models.is_same(unknown, other)
+
+
+def test_a_finished_run_is_known_whatever_its_sources_were_called(world, tmp_path):
+    config = settings(world, tmp_path)
+    collect.collect_one(config, collect.plan_runs(config)[1])
+    expected = collect.identity(config, collect.plan_runs(config)[1])
+    record = json.loads((tmp_path / "task0" / "run.json").read_text())
+    for files, same in (({"elsewhere.json": next(iter(record["files"].values()))}, True), ({"elsewhere.json": "0"}, False)):
+        (tmp_path / "task0" / "run.json").write_text(json.dumps(record | {"files": files}))
+        if same:
+            assert collect.is_finished(tmp_path / "task0", expected)
+        else:
+            with pytest.raises(InputError, match="files was"):
+                collect.is_finished(tmp_path / "task0", expected)

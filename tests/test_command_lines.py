@@ -136,8 +136,10 @@ def test_another_command_gets_the_same_config_however_it_was_given():
 
     words, _, config = printed(
         "--config", CONFIG.removeprefix("--config="), "--noconfig.train.calibrate", "-config.train.steps=9",
-        "--config.base", "a b", "--config.train.tensorboard", "--config.evaluate.top_k=(3, 4)", "--config.evaluate.unrelated=()",
-        "--config.condition.pool=7").partition("\n{")
-    assert words.count("\n") == 8
+        "--config.base", "a b", "--config.train.tensorboard", "--config.evaluate.top_k=(3, 4)",
+        "--config.evaluate.unrelated=(('a.json', 'exact'),)",
+        "--config.condition.pool=7", "--config.decoder.blocks=((1, 2, 3), (4, 5, 6))",
+        "--config.evaluate.penalties=(0.5,)").partition("\n{")
+    assert words.count("\n") == 9
     assert printed(*words.split("\n")) == "{" + config
-    assert '"steps": 9,' in config and '"base": "a b"' in config and '"unrelated": []' in config
+    assert '"steps": 9,' in config and '"base": "a b"' in config and '"top_k": [\n   3,' in config

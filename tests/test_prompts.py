@@ -63,6 +63,8 @@ def test_read_prompts_takes_text_strings_and_rows(tmp_path):
     chat = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "?"}]}
     (tmp_path / "chats.json").write_text(json.dumps([chat, "two"]))
     (tmp_path / "alpaca.ndjson").write_text('{"instruction": "one", "output": "?"}\n{"instruction": "two", "output": "?"}\n')
+    (tmp_path / "both.json").write_text(json.dumps([{"prompt": "one"} | chat, {"instruction": "two"}]))
+    assert prompts.read_prompts(tmp_path / "both.json") == ["one", "two"]
     assert prompts.read_prompts(tmp_path / "chats.json") == prompts.read_prompts(tmp_path / "alpaca.ndjson") == ["one", "two"]
     assert prompts.read_prompts(tmp_path / "a.txt") == ["one", " two\u2028still two "]
     assert prompts.read_prompts(tmp_path / "b.json") == prompts.read_prompts(tmp_path / "c.jsonl") == ["one", "two"]
@@ -71,6 +73,8 @@ def test_read_prompts_takes_text_strings_and_rows(tmp_path):
 @pytest.mark.parametrize("text,message", [
     (r'["cut \ud83d"]', r"p\.json: 'cut .* holds half of a character"), ("[" * 100_000, r"p\.json: not JSON"),
     ("{}", "expected a list"), ('["p", 7]', "expected a list of strings or of rows with a 'prompt', found '7'"),
+    ('["p", {"prompt": null}]', r"p\.json: row 1 has no text as its prompt: .*None"),
+    ('[{"prompt": "p"}, {"question": "q"}]', r"no row has a column 'prompt' for the prompt, there are \['question'\]"),
     ('[{"text": "p"}]', r"p\.json: no row has a column 'prompt' for the prompt, there are \['text'\]")])
 def test_prompts_that_no_encoder_takes_are_named(tmp_path, text, message):
     (tmp_path / "p.json").write_text(text)

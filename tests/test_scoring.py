@@ -43,8 +43,9 @@ def adapter(base, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, lora_dropout=0.3, init_lora_weights=False,
+                        target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(folder)
     return folder
 

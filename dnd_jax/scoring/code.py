@@ -1,6 +1,7 @@
 """HumanEval-style scoring: several answers to each prompt are run with the row's tests, and pass@k estimated without bias."""
 
 import ast
+import builtins
 import math
 import os
 import re
@@ -11,11 +12,14 @@ from dnd_jax.scoring import sandbox
 from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"```(?:([\w+-]+)[^\n`]*|[ \t]*)\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 PYTHON = ("", "python", "py", "python3")
 DEFINED = re.compile(r"^def\s+(\w+)\s*\(", re.MULTILINE)
 CHECK = re.compile(r"^def\s+check\s*\(", re.MULTILINE)
 START = re.compile(r"^(?:(?:async )?def \w|class \w|import \w|from [\w.]+ import\b|@\w)", re.MULTILINE)
+DECORATORS = re.compile(r"(?:^@.*\n)+\Z", re.MULTILINE)
+BEGIN = re.compile(r"^(?!\s|[)\]}]|(?:else|elif|except|finally)\b)", re.MULTILINE)  # of a statement on the outermost level
+KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Try, ast.If)
 STOP = re.compile(r"\n(?=[^\s)\]}])|<\|")  # a continuation ends where a line isn't indented any more
 
 
@@ -32,14 +36,14 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def program(row: Row, answer: str) -> str:
     """Return the program that tests an answer: solution, then tests.
 
-    The answer continues the prompt, or defines the prompt's last function anew, maybe in a fenced block; then of the prompt
-    counts what stands before that function. The row's response is the tests: statements, or as in HumanEval a function `check`,
-    which is called with the prompt's last function.
+    The answer continues the prompt, or defines the prompt's last function anew, maybe in a fenced block; then of the prompt count
+    the imports, constants and helpers before that function. The row's response is the tests: statements, or as in HumanEval a
+    function `check`, which is called with the prompt's last function.
     """
     last = next(reversed([*DEFINED.finditer(row.prompt)]), None)
-    code = _block(answer, last and last[1])
+    code = _block(answer.replace("\r\n", "\n"), last and last[1])
     if last and last[1] in DEFINED.findall(code):
-        solution = f"{_code_at_end(row.prompt[: last.start()])}\n{_from_first_statement(code)}"
+        solution = f"{_definitions(DECORATORS.sub('', row.prompt[: last.start()]))}\n{_from_first_statement(code)}"
     else:
         solution = row.prompt + STOP.split(code, maxsplit=1)[0] if last else code
     call = f"check({last[1]})" if last and CHECK.search(row.response) else ""
@@ -61,7 +65,7 @@ def check_rows(rows: Sequence[Row], where: str) -> None:
 
 def _block(answer: str, function: str | None) -> str:
     """Return the fenced block of Python that defines a function, or any, or the first; without blocks the answer itself."""
-    blocks = [code for language, code in FENCE.findall(answer) if language.lower() in PYTHON]
+    blocks = [code.partition("```")[0] for language, code in FENCE.findall(answer) if language.lower() in PYTHON]
     wanted = [code for code in blocks if (names := DEFINED.findall(code)) and function in (None, *names)]
     return next(iter([*wanted, *blocks]), answer)
 
@@ -71,18 +75,39 @@ def _from_first_statement(code: str) -> str:
     return code[found.start() :] if found else code
 
 
-def _code_at_end(text: str) -> str:
-    """Return the longest end of a text, in whole lines, that is statements: helpers, constants and imports after a question."""
-    ends = (text[line.start() :] for line in re.finditer("^", text, re.MULTILINE))
-    return next((end for end in ends if _is_code(end)), "")
+def _definitions(text: str) -> str:
+    """Return the imports, constants and helpers of a text, which may have words between them."""
+    body = _statements(text)
+    if body is None:
+        starts = [found.start() for found in BEGIN.finditer(text)]
+        whole = [start for before, start in zip([None, *starts], starts, strict=False) if before is None or text[before] != "@"]
+        chunks = [text[start:end] for start, end in zip(whole, [*whole[1:], None], strict=True)]
+        body = [statement for chunk in chunks for statement in _statements(chunk) or []]
+    known, kept = set(dir(builtins)), list[ast.stmt]()
+    for statement in body:
+        defined = _defined(statement)
+        names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        constant = isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None
+        if isinstance(statement, KEPT) or (constant and (names <= known | defined or "*" in known)):
+            kept.append(statement)
+            known |= defined
+    return ast.unparse(ast.Module(kept, []))
 
 
-def _is_code(text: str) -> bool:
+def _statements(text: str) -> list[ast.stmt] | None:
     try:
-        statements = ast.parse(text).body
+        return ast.parse(text).body
     except (SyntaxError, ValueError):
-        return False
-    return not any(isinstance(s, ast.Expr) and not isinstance(s.value, ast.Constant | ast.Call) for s in statements)
+        return None
+
+
+def _defined(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement defines."""
+    names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {(found.asname or found.name).partition(".")[0] for node in ast.walk(statement)
+              if isinstance(node, ast.Import | ast.ImportFrom) for found in node.names}
+    names |= {node.arg for node in ast.walk(statement) if isinstance(node, ast.arg)}
+    return names | {node.name for node in ast.walk(statement) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
 def run_all(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[list[sandbox.Outcome]]:

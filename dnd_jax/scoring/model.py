@@ -53,6 +53,7 @@ class Model:
             with _fitting(self.base):
                 self.model.add_adapter(NAME, _lora_config(spec))
             self.model.set_adapter(NAME)
+            self.model.eval()  # the new layers' dropout, too
             self._config = config
         flat = flatten_dict(tree, sep="/")
         state = {adapters.key_of(p): torch.from_numpy(np.ascontiguousarray(v, np.float32)) for p, v in flat.items()}
