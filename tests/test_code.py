@@ -68,7 +68,7 @@ CONTEXTS = {  # what stands in a prompt before its last function
     "words between": "import math\nMOD = int(math.sqrt(100))\n\nAdd ten:\n>>> answer([1])\n\nhelper = int\nDifficulty: easy\n",
     "comprehensions": "from math import *\nMOD = [i for i in range(20)][int(sqrt(100))]\nhelper = lambda x: x\n",
     "an example": "MOD = 10\nhelper = int\nassert answer([1]) == [11]\nanswer([2])\n",
-    "equations": "Let y = x + 1 be even, where\nn = m + k\n\nMOD: int = 10\nhelper = int\n",
+    "equations": "Let y = x + 1 be even, where\nn = m + k\nn = n + 1\n\nMOD: int = 10\nhelper = int\n",
     "decorated": "from functools import cache\n\nMOD = 10\n@cache\ndef helper(x):\n    return x\n\n\nthen\n@cache\n",
 }
 FENCES = [
@@ -77,6 +77,11 @@ FENCES = [
     "```bash\npip install it\n```\nThen:\n```python\n{}\n```\n```text\n[11]\n```",
     "It calls ```helper``` first:\n```python title='a'\n{}\n```", "From the text I take:\nfrom here on\n\n{}",
     "First:\n```python\nprint(answer([1]))\n```\nwith\n```py\n{}\n```"]
+
+
+def test_a_prompt_of_indented_words_has_no_context():
+    row = Row("  Add ten, please:\n    like this\ndef answer(x):\n", "assert answer(1) == 11")
+    assert code.run_all([row], [["def answer(x):\n    return x + 10"]])[0][0].passed
 
 
 @pytest.mark.parametrize("context", CONTEXTS)

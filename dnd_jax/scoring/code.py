@@ -81,16 +81,14 @@ def _definitions(text: str) -> str:
     if body is None:
         starts = [found.start() for found in BEGIN.finditer(text)]
         whole = [start for before, start in zip([None, *starts], starts, strict=False) if before is None or text[before] != "@"]
-        chunks = [text[start:end] for start, end in zip(whole, [*whole[1:], None], strict=True)]
+        chunks = [text[start:end] for start, end in zip(whole, [*whole[1:], None], strict=False)]
         body = [statement for chunk in chunks for statement in _statements(chunk) or []]
     known, kept = set(dir(builtins)), list[ast.stmt]()
     for statement in body:
-        defined = _defined(statement)
-        names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-        constant = isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None
-        if isinstance(statement, KEPT) or (constant and (names <= known | defined or "*" in known)):
+        value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
+        if isinstance(statement, KEPT) or (value and ("*" in known or _used(value) <= known | _defined(value))):
             kept.append(statement)
-            known |= defined
+            known |= _defined(statement)
     return ast.unparse(ast.Module(kept, []))
 
 
@@ -101,8 +99,12 @@ def _statements(text: str) -> list[ast.stmt] | None:
         return None
 
 
-def _defined(statement: ast.stmt) -> set[str]:
-    """Return the names that a statement defines."""
+def _used(value: ast.expr) -> set[str]:
+    return {node.id for node in ast.walk(value) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def _defined(statement: ast.AST) -> set[str]:
+    """Return the names that a statement defines, or those of an expression that it has for itself."""
     names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names |= {(found.asname or found.name).partition(".")[0] for node in ast.walk(statement)
               if isinstance(node, ast.Import | ast.ImportFrom) for found in node.names}
