@@ -123,7 +123,7 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
     for name, entry in store.manifest["tasks"].items():
         compare(f"the split of {name} is", listed.get(name), entry["split"], "config.tasks")
     for key in ("form", "encoder_sha256"):
-        if key in about and key in store.manifest:
+        if about.get(key) and store.manifest.get(key):  # older ones don't know
             compare(f"its {key} is", about[key], store.manifest[key])
     encoders.check_same(about)
     found, known = base_models.identity(config.base), store.manifest["base"]
@@ -186,7 +186,7 @@ def generated(ev: Evaluation, shuffled: bool = False) -> MakeAdapter:
 
 def random_text(ev: Evaluation) -> MakeAdapter:
     """Generate from random strings in place of prompts."""
-    encoder = encoders.of_decoder(ev.generator.about)
+    encoder = encoders.make(ev.generator.about["encoder"])  # whose files `check_belonging` has compared
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz     "))
 
     def make(task: pairs.Task, draw: int) -> Adapter:

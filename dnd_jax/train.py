@@ -7,7 +7,6 @@ processes run it as one (`distributed.py`).
 """
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -244,7 +243,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     t = config.train
     if t.on_failed_save not in ("stop", "continue"):
         raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")
-    for field, value in workdirs.leaves(config.to_dict()).items():
+    values = workdirs.leaves(config.to_dict())
+    for field, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"config.{field} is {value}, expected a finite number")
     counts = ("accumulate", "batch_size", "keep_last", "log_every", "prefetch", "steps", "validate_every", "validation_draws")
@@ -252,8 +252,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     for least, fields in ((1, ("condition.prompts", "decoder.kernel_size", *(f"train.{name}" for name in counts))),
                           (0, ("seed", *(f"train.{name}" for name in amounts)))):
         for field in fields:
-            if (value := functools.reduce(lambda part, name: part[name], field.split("."), config)) < least:
-                raise InputError(f"config.{field} is {value}, expected at least {least}")
+            if values[field] < least:
+                raise InputError(f"config.{field} is {values[field]}, expected at least {least}")
     if t.clip_norm <= 0:
         raise InputError(f"config.train.clip_norm is {t.clip_norm}, expected a positive number")
     if not 0 <= t.warmup_steps < t.steps:
