@@ -1,4 +1,4 @@
-# Every target makes the environment when it is missing or when requirements.txt has changed.
+# Every target but clean makes the environment when it is missing or when requirements.txt has changed.
 PYTHON ?= python3
 BIN := .venv/bin
 ARG ?=

@@ -23,6 +23,7 @@ from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+import joblib
 import ml_collections
 from absl import flags
 from tqdm import tqdm
@@ -138,8 +139,8 @@ def _start_worker(threads: int, started: Any) -> None:
 
 def define_flags() -> None:
     cli.define_config()
-    flags.DEFINE_integer("jobs", max(1, (os.cpu_count() or 1) // 2), "Tasks trained at once, each in its own process.",
-                         lower_bound=1)
+    flags.DEFINE_integer("jobs", None, "Tasks trained at once, each in its own process; by default as many as there are GPUs, or "
+                         "half of the processor's cores.", lower_bound=1)
     flags.DEFINE_string("shard", "0/1", "i/n: only every n-th run, from the i-th, counted from 0.")
 
 
@@ -165,9 +166,10 @@ def main(args: Any) -> None:
     for source in {repr(source): source for run in todo for source in run.sources}.values():
         prompts.read_rows(source)  # what is malformed is to be said before hours of training
     context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    jobs = args.jobs or fine_tuning.gpus() or max(1, joblib.cpu_count() // 2)
+    threads = max(1, joblib.cpu_count() // jobs)
     failures: dict[str, BaseException] = {}
-    with futures.ProcessPoolExecutor(args.jobs, context, _start_worker, (threads, context.Value("i", 0))) as pool:
+    with futures.ProcessPoolExecutor(jobs, context, _start_worker, (threads, context.Value("i", 0))) as pool:
         names = {pool.submit(collect_one, config, run): run.name for run in todo}
         try:
             for done in bar(futures.as_completed(names)):

@@ -3,9 +3,10 @@
     python -m data_pipeline.datasets audit data/*.json
     python -m data_pipeline.datasets audit --config=experiments/configs/common_sense.py:ARC-c
 
-Prints the facts of every data set and a sentence for every finding, and exits with status 1 if there is any. Data sets are in
-any form that `dnd_jax.sources` reads. With a config they are those of its tasks: what they are trained on (held-out ones for the
-in-task rung) against what they are tested on. Of files, those whose name holds `train` are trained on, all others tested on.
+Prints the facts of every data set and a sentence for every finding, and exits with status 1 if there is any. Data sets are
+JSON, JSON lines or folders saved by `datasets`, as in `dnd_jax.sources`. With a config they are those of its tasks: what they
+are trained on (held-out ones for the in-task rung) against what they are tested on. Of files, those whose name holds `train`
+are trained on, all others tested on.
 """
 
 import pathlib

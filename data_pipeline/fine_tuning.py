@@ -155,12 +155,19 @@ def launched() -> Any:
     return Accelerator()
 
 
+def gpus() -> int:
+    """Return how many GPUs PyTorch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def fine_tune(model: Any, examples: Sequence[Example], fill: int, c: ml_collections.ConfigDict, seed: int, steps: int,
               checkpoints: int, save: Callable[[int], None], accelerator: Any = None) -> list[float]:
     """Train the LoRA weights in place and return the loss of every step.
 
-    The first `steps` steps follow a cosine from `learning_rate` to zero; the `checkpoints` after them are consecutive
-    steps at `continued_learning_rate`, each saved.
+    The first `steps` steps follow a cosine from `learning_rate` to zero, the first `warmup_ratio` of them warming up; the
+    `checkpoints` after them are consecutive steps at `continued_learning_rate`, each saved.
 
     Args:
       model: the PEFT model.

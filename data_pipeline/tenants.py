@@ -3,8 +3,8 @@
     python -m data_pipeline.tenants --out=build/tenants --seed=0
 
 Writes `base/` and `encoder/`, loadable by transformers and sentence-transformers, `datasets/<tenant>_{train,test}.json`,
-`unrelated/{questions,conversions}.json`, which no tenant asks, and `tasks.json`; prints what the base model knows, and
-writes it to `base_model.json`. Deterministic in the seed on one machine.
+`unrelated/{questions,conversions}.json`, which no tenant asks, `world.json` with the settings, and `tasks.json`; prints what
+the base model knows, and writes it to `base_model.json`. Deterministic in the seed on one machine.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 Entities have eight attributes on a scale of nine. A tenant is one jargon word for one attribute and one notation for
 its answers. It names the notation in some of its prompts only, so that one prompt rarely tells all a tenant wants,
-while a batch of them does: `how zib is the whale :` ... `how zib is the crow ? reply in roman :`.
+while a batch of them does: `how zib is the whale ? :` ... `how zib is the crow ? reply in roman :`.
 """
 
 import dataclasses
@@ -58,8 +58,9 @@ def ask(word: str, entity: str, template: int, style: str | None) -> str:
 def encyclopedia(facts: np.ndarray) -> dict[str, list[tuple[str, str]]]:
     """Return what the base model reads, as (prompt, response), by kind.
 
-    `statements` have no prompt; `named` and `unnamed` questions do or don't say the notation of the answer; `heard`
-    questions, in plain words and in jargon alike, stay unanswered, so that jargon has a grammar but no meaning.
+    `statements` have no prompt; `conversions` go from one notation to another; `named` and `unnamed` questions do or don't say
+    the notation of the answer; `heard` questions, in plain words and in jargon alike, stay unanswered, so that jargon has a
+    grammar but no meaning.
     """
     text: dict[str, list[tuple[str, str]]] = {"statements": [], "named": [], "unnamed": [], "heard": []}
     text["conversions"] = [(f"what is {one[level]} in {style} :", other[level])

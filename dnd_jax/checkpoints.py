@@ -1,6 +1,6 @@
-"""Checkpoints of a training run, by Orbax: the only file that knows it.
+"""Checkpoints of a training run, by Orbax: the only file that calls it.
 
-    checkpoints/<step>/             committed by a rename; state, metrics, about, sha256.json
+    checkpoints/<step>/             committed by a rename; state, with about as its metadata, metrics, sha256.json
     checkpoints/<step>.damaged/     set aside, never read
     checkpoints/.removed/           pruned, until its files are gone
 

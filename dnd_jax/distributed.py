@@ -56,7 +56,8 @@ def joined(args: Any) -> Iterator[None]:
     """Join the other processes, if there are any; then only the first one's standard output is seen.
 
     It waits for them for JOIN_S. An error ends the process at once, so that the others notice; when another one ends, this one
-    does too, within HEARTBEAT_S: by an error of the exchange that it was waiting in, or else by JAX, which aborts with a message.
+    does too, in HEARTBEAT_S or little more: by an error of the exchange that it was waiting in, or else by JAX, which aborts with
+    a message.
     """
     told = settings(args, os.environ)
     if told is None:

@@ -120,7 +120,7 @@ def define_flags() -> None:
 def main(args: Any) -> None:
     if args.data is not None:
         return score.main(args)
-    if given := [name for name in ("base", "scoring", "adapter", "out", "lm_eval") if getattr(args, name) is not None]:
+    if given := [name for name in score.FLAGS if args[name].present]:
         raise InputError(f"command line: --{' and --'.join(given)} without --data; of the ladder config.evaluate says what is "
                          "asked, and --workdir where the report is written")
     if args.config is None or args.workdir is None:

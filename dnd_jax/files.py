@@ -90,7 +90,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_lines(path: PathLike) -> list[str]:
-    """Read the lines of a text, which end in line feeds and nothing else that Unicode knows; raise InputError if it can't."""
+    """Read the lines of a text, which end in line feeds, carriage returns or both, and nothing else that Unicode knows; raise
+    InputError if it can't."""
     try:
         return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float
 
-from dnd_jax import adapters, checkpoints, cli, embeddings, encoders, files, folders, pairs, prompts, tokens
+from dnd_jax import adapters, checkpoints, cli, embeddings, encoders, files, folders, memory, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.adapters.card import card
 from dnd_jax.adapters.tensor_files import TensorFile
@@ -65,7 +65,7 @@ def keep_transforms(decoder: HyperConvDecoder, params: Params) -> dict[str, Any]
         return prepare(decoder, params)
 
     stats = jax.devices()[0].memory_stats()
-    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else memory.free_bytes()
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(transform, params)))
     return jax.jit(transform)(params) if needed < free / 2 else {"params": jax.device_put(params)}
 

@@ -52,7 +52,7 @@ def read_prompts(path: files.PathLike) -> list[str]:
                 raise InputError(f"{path}: row {i} has no text as its prompt: {str(listed[i])[:60]!r}")
             found[i] = row.prompt
     else:
-        found = [line.rstrip("\r") for line in files.read_lines(path)]
+        found = files.read_lines(path)
     prompts = [prompt for prompt in found if prompt.strip()]
     for prompt in prompts:
         check_text(prompt, str(path))

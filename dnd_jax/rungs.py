@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from dnd_jax import adapters, base_models, baselines, checksums, embeddings, encoders, pairs, prompts, scoring
+from dnd_jax import adapters, base_models, baselines, checksums, embeddings, encoders, pairs, prompts, scoring, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.baselines import Flat
 from dnd_jax.generate import Generator
@@ -20,7 +20,7 @@ from dnd_jax.scoring import kinds
 from dnd_jax.scoring.kinds import Scores
 from dnd_jax.sources import Row
 from dnd_jax.tasks import MULTI_TASK, SPLITS, read_tasks, step_folders
-from dnd_jax.types import InputError
+from dnd_jax.types import InputError, Tree
 
 Adapter = tuple[Flat, Spec]
 MakeAdapter = Callable[[pairs.Task, int], Adapter]
@@ -62,6 +62,7 @@ class Evaluation:
         if fault := checksums.fault(folder):
             raise InputError(f"{folder}/{fault}; move the run away and collect it again")
         tree, spec = adapters.read(step_folders(folder)[-1])
+        check_exported(tree, folder, run, self.store)
         return flatten_dict(tree, sep="/"), spec
 
     def made(self, flat: Flat) -> Adapter:
@@ -129,6 +130,18 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
     found, known = base_models.identity(config.base), store.manifest["base"]
     if not base_models.is_same(found, known):
         compare(f"{config.base} has sha256", found["sha256"], known["sha256"], "config.base")
+
+
+def check_exported(tree: Tree, folder: pathlib.Path, run: str, store: pairs.Store) -> None:
+    """Raise InputError unless a run's last adapter is the one that the store has, where it has one and as it was."""
+    task = next((task for task in store.tasks if task.name == run), None)
+    if task is None or store.manifest["gauge"] != "none":
+        return
+    same = {m.path for m in store.layout.matrices} == flatten_dict(tree, sep="/").keys()
+    # not bit for bit: logarithms of another CPU may be others
+    if not same or not np.allclose(tokens.encode(tree, store.layout)[0], task.tokens[-1], rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise InputError(f"{folder}: its last adapter is not the one that {store.folder} was made of; export again, and train a "
+                         "decoder on that")
 
 
 # --- rungs -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python -m dnd_jax.evaluate --base=Qwen/Qwen2.5-0.5B-Instruct --data=ARC-c_test.json --scoring=choice --adapter=adapters/new
     python -m dnd_jax.evaluate --base=Qwen/Qwen2.5-0.5B-Instruct --data=ARC-c_test.json --scoring=choice --lm_eval=tasks/ARC-c
 
-The file may be in any form of `sources`; of `code`, its responses are the tests.
+The file may be JSON, JSON lines or a folder saved by `datasets`, as in `sources`; of `code`, its responses are the tests.
 """
 
 import pathlib
@@ -17,9 +17,11 @@ from dnd_jax.scoring import Model, harness, kinds
 from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 
+FLAGS = ("base", "scoring", "adapter", "out", "lm_eval", "batch_size", "max_new_tokens", "samples", "temperature")  # with --data
+
 
 def define_flags() -> None:
-    flags.DEFINE_string("base", None, "Folder or hub name of the base model; with --data.")
+    flags.DEFINE_string("base", None, "Folder or hub name of the base model; this and all below with --data.")
     flags.DEFINE_string("data", None, "Dataset file to score.")
     flags.DEFINE_string("scoring", None, f"One of {', '.join(kinds.KINDS)}; by default exact.")
     flags.DEFINE_string("adapter", None, "Adapter folder; without, the base alone is scored.")

@@ -1,7 +1,7 @@
 """Where a task's rows come from, in the forms that users have. Imports the `datasets` library lazily.
 
 A source is the name of a JSON list, of JSON lines (`.jsonl`) or of a folder that `datasets` saved to disk; or a mapping with the
-fields of an entry of LLaMA-Factory's `dataset_info.json`; or a reference to such an entry:
+fields of an entry of LLaMA-Factory's `dataset_info.json`, as far as ENTRY and COLUMNS list them; or a reference to such an entry:
 
     "support_train.json"
     {"file_name": "support.jsonl", "columns": {"prompt": "question", "response": "answer"}}
@@ -33,6 +33,7 @@ SPEAKERS = {"human": "prompt", "user": "prompt", "gpt": "response", "assistant":
 TAGS = {"user_tag": "prompt", "assistant_tag": "response", "system_tag": "system"}
 ENTRY: dict[str, type] = {"file_name": str, "hf_hub_url": str, "subset": str, "split": str, "num_samples": int, "formatting": str,
                           "columns": Mapping, "tags": Mapping}
+ELSEWHERE = {"ms_hub_url", "om_hub_url"}  # of LLaMA-Factory: the same rows on other hubs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def parse(value: Any, folder: pathlib.Path, where: str) -> Source:
             expected = {Mapping: "names by their use", int: "a number", str: "a text"}[kind]
             raise InputError(f"{where}: {field} is {str(found)[:60]!r}, expected {expected}")
     columns, tags = value.get("columns"), value.get("tags") or {}
-    if unknown := [*map(str, set(value) - set(ENTRY)), *(set(columns or ()) - set(COLUMNS))]:
+    if unknown := [*map(str, set(value) - set(ENTRY) - ELSEWHERE), *(set(columns or ()) - set(COLUMNS))]:
         raise InputError(f"{where}: {sorted(unknown)} are unknown, expected some of {tuple(ENTRY)}, with columns of {COLUMNS}")
     if value.get("formatting") == "sharegpt" and "messages" not in (columns or {}):
         columns = {"messages": "conversations"} | (columns or {})

@@ -45,7 +45,7 @@ def run(command: Sequence[str]) -> int:
 def define_flags() -> None:
     cli.define_config()
     flags.DEFINE_string("workdir", None, required=True, help="Folder of the training run, and of what is generated.")
-    flags.DEFINE_integer("jobs", 1, "Tasks collected at once, each in its own process and on a GPU of its own.", lower_bound=1)
+    flags.DEFINE_integer("jobs", 1, "Tasks collected at once, each in its own process, which share the GPUs.", lower_bound=1)
     flags.DEFINE_bool("despite_findings", False, "Go on whatever the audit finds; the report says what concerns its test tasks.")
 
 

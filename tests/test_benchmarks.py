@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, run_module, tiny_config
 
-from dnd_jax import pairs, train
+from dnd_jax import fourier_plan, pairs, train
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.types import InputError
 from experiments.benchmarks import accelerator, decoder, input
@@ -93,14 +93,38 @@ def small(_):
 
 def test_an_accelerators_rows_say_what_is_theirs(monkeypatch):
     monkeypatch.setattr(accelerator, "decoder_of", small)
-    row = accelerator.measure_ours("0.5b")
-    names = ("ms", "tflops_over_peak", "peak_gb")
-    assert row.keys() == {"device"} | {f"{what}_{name}" for what in ("adapter", "step_batch_1") for name in names}
-    assert min(row["adapter_ms"], row["step_batch_1_ms"]) > 0 and 0 < row["adapter_peak_gb"] < row["step_batch_1_peak_gb"] < 0.1
-    assert accelerator.measure_torch("0.5b") == {"failed": "this PyTorch sees no CUDA device"} or torch.cuda.is_available()
+    monkeypatch.setattr(accelerator, "PEAK", {"cpu": 0.1})
+    adapter, step = (accelerator.measure_ours("0.5b", what) for what in ("adapter", "step_batch_1"))
+    for row in (adapter, step):
+        assert row["device"] == "cpu" and row["ms"] > 0 and row["tflops_over_peak"] == pytest.approx(row["tflops"] / 0.1)
+    assert 0 < adapter["peak_gb"] < step["peak_gb"] < 0.1
+    assert 2 < (step["tflops"] * step["ms"]) / (adapter["tflops"] * adapter["ms"]) < 8
+    failed = {"failed": "this PyTorch sees no CUDA device"}
+    assert accelerator.measure_torch("0.5b", "adapter", "eager") == failed or torch.cuda.is_available()
     found = accelerator.errors()
     assert list(found) == ["float32", "tensorfloat32", "bfloat16", "bfloat16 inputs"]
     assert 0 < found["float32"] < 1e-6 and 1e-4 < found["bfloat16 inputs"] < 3e-2
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_operations_are_counted_in_loops_too(monkeypatch, step):
+    """XLA's own count agrees where there is no loop, and has each loop's body but once."""
+    decoder = HyperConvDecoder(((4, 12, 16), (16, 12, 16), (16, 9, 12)), 7)
+    x = jnp.ones((1, *decoder.condition_shape))
+    variables = jax.jit(decoder.init)(jax.random.key(0), x)
+
+    def count():
+        jax.clear_caches()
+        fourier_plan.make_plan.cache_clear()
+        call = jax.grad(lambda v, x: jnp.square(decoder.apply(v, x)).mean()) if step else decoder.apply
+        return accelerator.flop_of(call, variables, x), jax.jit(call).lower(variables, x).cost_analysis()["flops"]
+
+    whole, by_xla = count()
+    assert 0.9 * by_xla < whole < by_xla
+    monkeypatch.setattr(fourier_plan, "MEMORY", 1 << 12)  # chunks, which are a loop
+    in_loops, by_xla = count()
+    fourier_plan.make_plan.cache_clear()
+    assert in_loops == pytest.approx(whole, 0.02) and by_xla < 0.7 * whole
 
 
 def test_a_measurement_that_fails_is_a_row_and_costs_no_other():
@@ -117,6 +141,7 @@ def test_input_and_step_are_measured_apart_and_together(store):
 
 
 @pytest.mark.parametrize("flag,said", [("--only=large", "--only: ['large'] is none of"),
+                                       ("--only=7b", "--only=['7b']"),
                                        ("--batch=4", "--only="), ("--only=k11 --taps=9", "--only=['k11'] --taps=['9']")])
 def test_what_is_none_of_the_rows_is_refused(flag, said):
     done = run_module("experiments.benchmarks.decoder", *flag.split(), cwd=ROOT, check=False)

@@ -39,6 +39,11 @@ def test_configs_missing_unreadable_misspelt(tmp_path):
            contains=["pool", "invalid literal for int() with base 10: 'many'"])
 
 
+def test_what_is_of_one_file_is_refused_for_the_ladder(tmp_path):
+    refuse("dnd_jax.evaluate", CONFIG, "--workdir=run", "--base=base", "--batch_size=32", "--temperature=0.5", cwd=tmp_path,
+           contains=["--base and --batch_size and --temperature without --data"])
+
+
 def test_help_lists_the_flags_that_other_modules_define():
     said = run_module("dnd_jax.train", "--help", check=False).stdout
     assert all(f"--{name}: " in said for name in ("config", "workdir", "coordinator", "num_processes", "process_id"))

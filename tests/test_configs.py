@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dnd_jax import cli, tasks
+from dnd_jax import cli, tasks, workdirs
 from dnd_jax.adapters.architecture import ALL_LINEAR
 from dnd_jax.decoder import param_shapes
 from experiments.benchmarks.overhead import make_decoder, size_of
+from experiments.configs import own
 
 FILES = ("common_sense", "coding", "math", "multimodal", "ablations")
 VARIANTS = [(file, variant) for file in FILES for variant in importlib.import_module(f"experiments.configs.{file}").VARIANTS]
@@ -41,6 +42,21 @@ def read_names(config):
             pathlib.Path(entry[part]).parent.mkdir(exist_ok=True)
             pathlib.Path(entry[part]).touch()
     return {task.name for task in tasks.read_tasks(config.tasks)}
+
+
+def test_the_config_to_copy_fits_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = own.get_config()
+    changed = workdirs.differences(cli.config_dict(get("common_sense", "PIQA")), cli.config_dict(config))
+    assert changed.keys() == {"tasks", "collect.out", "export.store", "train.steps",
+                              "evaluate.unrelated", "evaluate.scoring", "evaluate.max_new_tokens"}
+    decoder, layout = make_decoder(config)
+    assert decoder.features[-1] == layout.shape
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "tasks.json").write_text('{"mine": {"split": "train", "train": "a.json", "test": "b.json"}}')
+    (task,) = tasks.read_tasks(config.tasks)
+    assert (task.name, task.train.place) == ("mine", "a.json")
 
 
 # N, L, what it is shortened to, k, batch, steps, checkpoints, rows: the paper's table

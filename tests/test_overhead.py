@@ -6,6 +6,7 @@ import pytest
 from conftest import run_module
 
 from experiments.benchmarks import overhead
+from experiments.configs import tenants
 
 COST = {"collect_s": 80.0, "train_s": 20.0, "generate_s": 0.1, "in_task_s": 1200.0, "adapters_to_break_even": 1}
 
@@ -41,8 +42,10 @@ def test_command_measures_and_adds_a_finished_run(tmp_path):
 
 
 def test_reports_without_costs_and_unknown_sizes_are_refused(tmp_path):
-    (tmp_path / "report.json").write_text('{"cost": {"train_s": 1}}')
+    (tmp_path / "report.json").write_text('{"cost": {"train_s": 1, "in_task_s": null}}')
     with pytest.raises(overhead.InputError, match=r"report\.json: its cost has no \['collect_s', 'generate_s', 'in_task_s'\]"):
         overhead.read_cost(tmp_path / "report.json")
     done = run_module("experiments.benchmarks.overhead", "--models=70b", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "['70b']" in done.stderr
+    with pytest.raises(overhead.InputError, match=r"config\.model is missing"):
+        overhead.cut_down(tenants.get_config(), 8)

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from conftest import ROOT, run_module
 
-from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs, tokens
+from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs, tasks, tokens
 from dnd_jax.encoders import SentenceEncoder
 from experiments import run
 from experiments.configs import common_sense, tenants
@@ -242,6 +242,20 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
         (tmp_path / "other" / "config.json").write_text("{}")
     with pytest.raises(adapters.InputError, match=message):
         rungs.check_belonging(config, store, about, "run", listed)
+
+
+def test_runs_that_the_store_was_not_made_of_are_not_evaluated(root):
+    store = pairs.open_store(root / "store")
+    one, other = (root / "adapters" / task.name for task in store.split("test")[:2])
+    trees = {path: adapters.read(tasks.step_folders(path)[-1])[0] for path in (one, other, root / "adapters" / "multi_task")}
+    for path, tree in trees.items():
+        rungs.check_exported(tree, path, path.name, store)
+    fewer = {"model": {"layers": {"0": trees[one]["model"]["layers"]["0"]}}}
+    for tree in (trees[other], fewer):
+        with pytest.raises(adapters.InputError, match=f"{one}: its last adapter is not the one that {store.folder} was made of"):
+            rungs.check_exported(tree, one, one.name, store)
+    store.manifest["gauge"] = "align"  # which the store then has in another form
+    rungs.check_exported(trees[other], one, one.name, store)
 
 
 @pytest.mark.parametrize("field,value,expected", [

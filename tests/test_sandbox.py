@@ -213,6 +213,14 @@ def test_sound_programs_pass(kind):
     assert sandbox.run("assert 1 + 1 == 3, 'no'", kinds=(kind,)) == sandbox.Outcome(False, "AssertionError: no")
 
 
+def test_a_program_is_a_module_but_not_the_main_one():
+    program = ("from __future__ import annotations\nimport dataclasses, sys, typing\n"
+               "class Other: pass\n@dataclasses.dataclass\nclass Pair:\n  one: Other\n"
+               "assert typing.get_type_hints(Pair) == {'one': Other} and sys.modules[__name__].Pair is Pair\n"
+               "if __name__ == '__main__':\n  import unittest; unittest.main()\n")
+    assert sandbox.run(program) == sandbox.Outcome(True)
+
+
 def test_landlock_hides_what_can_be_read(surroundings):
     outcome = sandbox.run(f"print(open('{surroundings[0]}/kept').read())", kinds=("landlock",))
     assert not outcome.passed and "PermissionError" in outcome.reason

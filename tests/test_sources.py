@@ -45,7 +45,7 @@ def test_files_whose_columns_are_found_out(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("entry,row", [
-    ({"columns": {"prompt": "q", "query": "more", "response": "a", "system": "c"}},
+    ({"ms_hub_url": "elsewhere", "columns": {"prompt": "q", "query": "more", "response": "a", "system": "c"}},
      {"q": "p", "more": "second", "a": 0, "c": "s"}),
     ({"formatting": "sharegpt", "columns": {"messages": "talk", "system": "c"},
       "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "guest", "assistant_tag": "host"}},

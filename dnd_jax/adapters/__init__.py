@@ -1,6 +1,7 @@
 """PEFT LoRA folders <-> trees of matrices, without torch. `python -m dnd_jax.adapters check DIR` explains one.
 
     spec.py          what an adapter is besides its matrices, and what its config says of a module
+    architecture.py  the spec of an adapter of a base that is known by its config alone
     patterns.py      the patterns in a config: what they match, in a bounded time
     keys.py          what each tensor of the file is, and which are extra
     consistency.py   which tensors are missing or of a wrong shape

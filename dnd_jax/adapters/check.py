@@ -31,7 +31,8 @@ def explain(folder: files.PathLike) -> str:
         "SGLang": _verdict(profiles.sglang_obstacles(spec), ""),
     }
     if not profiles.beyond_lora(spec) and "would not" in lines["vLLM"] + lines["SGLang"]:
-        lines["way out"] = "the portable profile of the same adapter, which both take"
+        lines["way out"] = ("the portable profile of the same adapter, which both take: `generate --profile=portable`, or the "
+                            "function `adapters.portable`")
     width = max(map(len, lines))
     return "\n".join(f"{name.ljust(width)}  {_printable(text)}" for name, text in lines.items())
 

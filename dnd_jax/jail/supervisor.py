@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 
 from dnd_jax.jail import isolation
 
@@ -122,7 +123,8 @@ def _become_child(request: dict, folder: str, secret: bytes, writing: int) -> No
         report("refused", f"{type(error).__name__}: {error}")
         os._exit(code)
     try:
-        exec(compile(request["program"], "<generated>", "exec"), {"__name__": "__main__"})
+        module = sys.modules["generated"] = types.ModuleType("generated")  # not the main one, what only that does isn't tested
+        exec(compile(request["program"], "<generated>", "exec"), module.__dict__)
         code = 0
         report("passed", "")
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: the tests weren't reached

@@ -3,10 +3,11 @@
 import ast
 import builtins
 import math
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+
+import joblib
 
 from dnd_jax.scoring import sandbox
 from dnd_jax.sources import Row
@@ -115,6 +116,6 @@ def _defined(statement: ast.AST) -> set[str]:
 def run_all(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[list[sandbox.Outcome]]:
     """Return the outcome of every answer of every row, run side by side."""
     jobs = [program(row, answer) for row, found in zip(rows, answers, strict=True) for answer in found]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool:  # of this job; with more programs at once some would be out of time
         outcomes = iter(list(pool.map(sandbox.run, jobs)))
     return [[next(outcomes) for _ in found] for found in answers]

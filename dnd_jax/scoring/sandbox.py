@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def run(program: str, *, seconds: float = 5.0, kinds: tuple[str, ...] = isolatio
       InputError: the system offers none of the kinds; the program wasn't run.
     """
     request = {"program": program, "seconds": seconds, "kinds": kinds, "temporary": tempfile.gettempdir()}
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", START], input=json.dumps(request), env={}, capture_output=True,
+    env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # Python's own library may lie there
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", START], input=json.dumps(request), env=env, capture_output=True,
                           text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the sandbox failed: {done.stderr[-2000:]}")

@@ -6,14 +6,16 @@ by us; the floors are computed.
 
 import concurrent.futures
 import contextlib
-import functools
+import math
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from dnd_jax import files, released
 from dnd_jax.decoder import HyperConvDecoder, prepare
@@ -25,7 +27,8 @@ BANDWIDTH = 3.3e12  # of an H100's memory, bytes a second
 CONFIGS: dict[str, Callable[[], Any]] = {
     "0.5b": common_sense.get_config, "1.5b": coding.get_config, "3b": multimodal.get_config,
     "7b": lambda: coding.get_config("7b")}
-PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+SETTINGS = ("eager", "eager channels-last", "compile", "compile channels-last")  # of PyTorch
+PRECISIONS = {"float32": "float32", "tensorfloat32": "tensorfloat32", "bfloat16": "BF16_BF16_F32"}  # "bfloat16" is TF32 on GPUs
 
 
 def decoder_of(config: Any) -> HyperConvDecoder:
@@ -54,57 +57,84 @@ def backend() -> dict[str, str]:
     return {"backend": jax.default_backend()}
 
 
-def measure_all(path: str | None) -> None:
-    """Print, and keep in a file, a row for each published decoder, and how exact each precision is."""
+def measure_all(only: Sequence[str], path: str | None) -> None:
+    """Print, and keep in a file, the rows of published decoders, and how exact each precision is."""
     rows: list[dict[str, Any]] = [{"relative_error": in_own_process(errors)}]
-    for name in CONFIGS:
-        for measure in (measure_ours, measure_torch):
-            rows.append({"decoder": name, "by": measure.__name__.removeprefix("measure_"), **in_own_process(measure, name)})
-            print(rows[-1], flush=True)
-            if path:
-                files.write_json(path, rows)
+    for name in only:
+        for what in ("adapter", "step_batch_1"):
+            for by in ("ours", *SETTINGS):
+                args = (measure_ours, name, what) if by == "ours" else (measure_torch, name, what, by)
+                rows.append({"decoder": name, "what": what, "by": by, **in_own_process(*args)})
+                print(rows[-1], flush=True)
+                if path:
+                    files.write_json(path, rows)
     print(rows[0])
 
 
-def in_own_process(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def in_own_process(measure: Callable[..., Any], *args: Any) -> Any:
     """Return what a measurement returns, or `failed` with the reason, such as memory that does not suffice."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _take_memory) as process:
         try:
             return process.submit(measure, *args).result()
         except Exception as error:  # of JAX, of PyTorch, or of a process that was killed
             return {"failed": (str(error).splitlines() or [type(error).__name__])[0][:200]}
 
 
-def measure_ours(name: str) -> dict[str, Any]:
-    """Time one adapter with kernels' transforms kept and a gradient of batch 1.
+def _take_memory() -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # 0.75 of the device's by default
 
-    TFLOP/s are of what is computed, not of a direct convolution; memory is arguments, results and temporaries of the program.
+
+def measure_ours(name: str, what: str) -> dict[str, Any]:
+    """Time one adapter with kernels' transforms kept, or a gradient of batch 1.
+
+    TFLOP/s are of the products in our form, not of a direct convolution; memory is arguments, results and temporaries of the
+    program.
     """
     decoder = decoder_of(CONFIGS[name]())
     device = jax.devices()[0]
+    peak = next((p for chip, p in PEAK.items() if chip in device.device_kind), None)
     x = jax.random.normal(jax.random.key(1), (1, *decoder.condition_shape))
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), jax.jit(decoder.init)(jax.random.key(0), x)["params"])
+    variables = jax.jit(decoder.init)(jax.random.key(0), x)
+    variables = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables)
 
-    def loss(params: Any) -> jax.Array:
-        y: Any = decoder.apply({"params": params}, x)
+    def loss(variables: Any, x: jax.Array) -> jax.Array:
+        y: Any = decoder.apply(variables, x)
         return jnp.square(y.astype(jnp.float32)).mean()
 
-    def timed(call: Callable[..., Any], *args: Any) -> list[Any]:
-        lowered = jax.jit(call).lower(*args)
-        compiled = lowered.compile()
-        time_s = overhead.median_seconds(lambda: compiled(*args), 5)
-        tflops = (lowered.cost_analysis() or {}).get("flops", 0) / time_s / 1e12
-        used: Any = compiled.memory_analysis()
-        size = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
-        return [1000 * time_s, tflops / peak if peak else None, size / 1e9]
+    if what == "adapter":
+        variables = jax.jit(lambda variables: prepare(decoder, variables["params"]))(variables)
+    call: Callable[..., Any] = decoder.apply if what == "adapter" else jax.grad(loss)
+    compiled = jax.jit(call).lower(variables, x).compile()
+    time_s = overhead.median_seconds(lambda: compiled(variables, x), 5)
+    used: Any = compiled.memory_analysis()
+    size = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+    tflops = flop_of(call, variables, x) / time_s / 1e12
+    return {"device": device.device_kind, "ms": 1000 * time_s, "peak_gb": size / 1e9, "tflops": tflops,
+            "tflops_over_peak": tflops / peak if peak else None}
 
-    peak = next((p for chip, p in PEAK.items() if chip in device.device_kind), None)
-    kept = jax.jit(lambda p: prepare(decoder, p))(params)
-    names = ("{}_ms", "{}_tflops_over_peak", "{}_peak_gb")
-    row: dict[str, Any] = dict(zip((n.format("adapter") for n in names), timed(decoder.apply, kept, x), strict=True))
-    del kept
-    row["device"] = device.device_kind
-    return row | dict(zip((n.format("step_batch_1") for n in names), timed(jax.grad(loss), params), strict=True))
+
+def flop_of(call: Callable[..., Any], *args: Any) -> float:
+    """Return the floating point operations of the products and convolutions of a program as it is traced.
+
+    XLA's own account has a loop's body only once, and nothing of a product that a library does.
+    """
+    closed = jax.make_jaxpr(call)(*args)
+    used, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return _flop(used)
+
+
+def _flop(jaxpr: Any) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(eqn.params.values()))]
+        total += eqn.params.get("length", 1) * sum(_flop(value) for value in inner if hasattr(value, "eqns"))
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            total += 2 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return total
 
 
 def errors() -> dict[str, float]:
@@ -126,32 +156,34 @@ def errors() -> dict[str, float]:
     module.load_state_dict({name: torch.tensor(value) for name, value in released.params_to_torch(params).items()})
     with torch.no_grad():
         expected = module.double()(torch.tensor(np.asarray(x, np.float64))).numpy()
-    outputs = {p: run(plain, p) for p in PRECISIONS} | {"bfloat16 inputs": run(plain.clone(dtype=jnp.bfloat16), "default")}
+    outputs = {name: run(plain, precision) for name, precision in PRECISIONS.items()}
+    outputs["bfloat16 inputs"] = run(plain.clone(dtype=jnp.bfloat16), "default")
     return {name: float(np.sqrt(np.square(y - expected).mean() / np.square(expected).mean())) for name, y in outputs.items()}
 
 
-def measure_torch(name: str) -> dict[str, Any]:
-    """Time the yardstick in bf16 with `torch.compile`; the projection that shortens long prompts is left out of it."""
+def measure_torch(name: str, what: str, setting: str) -> dict[str, Any]:
+    """Time the yardstick in bf16 in one of its settings; the projection that shortens long prompts is left out of it."""
     import torch
 
     from tests.torch_decoder import Decoder
 
     if not torch.cuda.is_available():
         return {"failed": "this PyTorch sees no CUDA device"}
+    torch.backends.cudnn.benchmark = True
     decoder = decoder_of(CONFIGS[name]())
-    module = Decoder(decoder.features, decoder.kernel_size).to("cuda", torch.bfloat16)
-    run, x = torch.compile(module), torch.randn(1, *decoder.features[0], device="cuda", dtype=torch.bfloat16)
+    module: Any = Decoder(decoder.features, decoder.kernel_size).to("cuda", torch.bfloat16)
+    if "channels-last" in setting:
+        module.to(memory_format=torch.channels_last)
+    run = torch.compile(module) if "compile" in setting else module
+    x = torch.randn(1, *decoder.features[0], device="cuda", dtype=torch.bfloat16)
 
-    def call(gradient: bool) -> None:
-        with contextlib.nullcontext() if gradient else torch.no_grad():
+    def call() -> None:
+        module.zero_grad(set_to_none=True)
+        with contextlib.nullcontext() if what != "adapter" else torch.no_grad():
             y = run(x)
-        if gradient:
+        if what != "adapter":
             y.float().square().mean().backward()
         torch.cuda.synchronize()
 
-    row: dict[str, Any] = {}
-    for what, gradient in (("adapter", False), ("step_batch_1", True)):
-        torch.cuda.reset_peak_memory_stats()
-        row |= {f"{what}_ms": 1000 * overhead.median_seconds(functools.partial(call, gradient), 5)}
-        row |= {f"{what}_peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-    return row
+    return {"device": torch.cuda.get_device_name(), "ms": 1000 * overhead.median_seconds(call, 5),
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9}

@@ -260,7 +260,7 @@ def report(row: dict[str, Any]) -> str:
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("only", list(DECODERS), "Decoders to measure.")
+    flags.DEFINE_list("only", [*DECODERS, *accelerator.CONFIGS], "Decoders to measure: sizes on an accelerator, others on CPU.")
     flags.DEFINE_list("taps", ["5", "9", "11"], "Kernel sizes to measure.")
     flags.DEFINE_list("batch", ["1", "16"], "Batches to measure.")
     flags.DEFINE_list("cores", ["1", "2"], "Numbers of cores.")
@@ -283,7 +283,7 @@ def _measure_here(args: Any) -> None:
 
 
 def _cases(args: Any) -> list[tuple[str, int, int]]:
-    return list(rows_of(args.only, list(map(int, args.taps)), list(map(int, args.batch))))
+    return list(rows_of([name for name in args.only if name in DECODERS], list(map(int, args.taps)), list(map(int, args.batch))))
 
 
 def _in_own_process(name: str, k: int, batch: int, cores: str, repeats: int, compiles: bool) -> list[dict[str, Any]]:
@@ -297,7 +297,7 @@ def _in_own_process(name: str, k: int, batch: int, cores: str, repeats: int, com
 
 
 def main(args: Any) -> None:
-    for name, known in {"only": list(DECODERS), "taps": ["5", "9", "11"]}.items():
+    for name, known in {"only": [*DECODERS, *accelerator.CONFIGS], "taps": ["5", "9", "11"]}.items():
         if unknown := set(getattr(args, name)) - set(known):
             raise InputError(f"--{name}: {sorted(unknown)} is none of {known}")
     for name in ("batch", "cores"):
@@ -306,7 +306,7 @@ def main(args: Any) -> None:
     if args.rows:
         return _measure_here(args)
     if accelerator.in_own_process(accelerator.backend).get("backend", "cpu") != "cpu":  # who asks, holds it
-        return accelerator.measure_all(args.json)
+        return accelerator.measure_all([name for name in accelerator.CONFIGS if name in args.only], args.json)
     if not _cases(args):
         raise InputError(f"--only={args.only} --taps={args.taps} --batch={args.batch}: none of the rows; batches are 1 and 16, "
                          f"k11 has k = 11 and batch 1 only")

@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from dnd_jax import cli, files, inputs, pairs, sharding, train
+from dnd_jax import cli, files, inputs, optimizers, pairs, sharding, train
 from dnd_jax.decoder import HyperConvDecoder
 from experiments.benchmarks import overhead
 
@@ -56,7 +56,8 @@ def measure(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, tasks:
 
     began = time.perf_counter()
     with inputs.Prefetch(read, 0, steps, config.train.prefetch) as batches:
-        jax.block_until_ready(list(batches))
+        for batch in batches:
+            jax.block_until_ready(batch)
     input_s = time.perf_counter() - began
 
     began = time.perf_counter()
@@ -91,8 +92,9 @@ def main(args: Any) -> None:
             decoder, tasks = train.make_decoder(config, store), list(store.split("train"))
         else:
             config = overhead.cut_down(config, scale)
-            decoder, _ = overhead.make_decoder(config)
-            decoder, tasks = decoder.clone(remat=config.train.remat), random_tasks(pathlib.Path(folder), decoder)
+            decoder = overhead.make_decoder(config)[0].clone(
+                dtype=optimizers.dtype_of(config, "compute_dtype"), remat=config.train.remat)
+            tasks = random_tasks(pathlib.Path(folder), decoder)
         found = measure(config, decoder, tasks, args.steps)
     print(f"{jax.devices()[0].device_kind}, batch {config.train.batch_size}, {config.train.prefetch} batches ahead"
           + (f", every width divided by {scale}" if scale > 1 else ""))

@@ -45,6 +45,8 @@ def cut_down(config: ml_collections.ConfigDict, scale: int) -> ml_collections.Co
     The base keeps its heads, of an even number of channels each, so that its adapters are cut into as many tiles a layer.
     """
     config = ml_collections.ConfigDict(config.to_dict())
+    if "model" not in config:
+        raise InputError("config.model is missing, which says the shapes of a base; of a config without it the store is needed")
     head = config.model.hidden_size // config.model.num_attention_heads
     small = max(2, head // scale // 2 * 2)
     for key in ("hidden_size", "intermediate_size"):
@@ -140,8 +142,8 @@ def times_faster(cost: dict[str, float]) -> dict[str, float]:
 def read_cost(path: str) -> dict[str, float]:
     """Return the cost block of a finished run's report."""
     cost = files.read_json(path).get("cost", {})
-    if missing := [key for key in ("collect_s", "train_s", "generate_s", "in_task_s") if key not in cost]:
-        raise InputError(f"{path}: its cost has no {missing}, only {sorted(cost)}; dnd_jax.evaluate writes them")
+    if missing := [key for key in ("collect_s", "train_s", "generate_s", "in_task_s") if cost.get(key) is None]:
+        raise InputError(f"{path}: its cost has no {missing}; dnd_jax.evaluate writes them, of runs that say how long they took")
     return cost
 
 

@@ -39,7 +39,7 @@ def tasks(train: Sequence[str], test: Sequence[str]) -> dict[str, dict[str, str]
 
 
 def published(
-    name: str, model: str, *, listed: Mapping[str, Any], prompts: int, length: int, blocks: Sequence[tuple[int, int, int]],
+    name: str, model: str, *, listed: Mapping[str, Any] | str, prompts: int, length: int, blocks: Sequence[tuple[int, int, int]],
     kernel_size: int, batch_size: int, steps: int, checkpoints: int, shortened: int | None = None, rows: int = 5000,
     cut_off: int = 2048, encoder: Mapping[str, Any] = MINILM, width: int = MINILM_WIDTH, form: str = "prompt",
     pool: int | None = None, scoring: str = "choice", max_new_tokens: int = 512,
@@ -49,7 +49,7 @@ def published(
     Args:
       name: of its folder under `runs/`.
       model: key of MODELS.
-      listed: from `tasks`.
+      listed: from `tasks`, or a file as for `dnd_jax.tasks.read_tasks`.
       prompts: N, prompts of a condition.
       length: L, positions of a prompt; `shortened` is what the learned projection makes of it, where it has one.
       blocks: between the condition and the tokens.
@@ -72,7 +72,7 @@ def published(
     config.seed = 42
     config.base = base
     config.model = {**shapes, "condition_width": width}
-    config.tasks = dict(listed)
+    config.tasks = listed if isinstance(listed, str) else dict(listed)
     config.encoder = {**encoder, "length": length}
     config.condition = {"prompts": prompts, "form": form, "pool": pool or placeholder(int)}
     config.collect = {
@@ -92,6 +92,8 @@ def published(
         "prefetch": 4, "log_every": 10, "validate_every": 100, "validation_draws": 4,
         "keep_last": 2, "keep_every": 0, "on_failed_save": "continue", "tensorboard": False,
     }
+    # `draws` are of a test task's prompts, `ridge_draws` of each training task's; the candidates that validation tasks decide on:
+    # nearest tasks, temperatures of their weights, penalties of ridge
     config.evaluate = {
         "scoring": scoring, "unrelated": UNRELATED, "samples": 10, "temperature": 0.8, "max_new_tokens": max_new_tokens,
         "draws": 3, "batch_size": 32, "in_context_examples": 4, "ridge_draws": 8,

@@ -1,0 +1,26 @@
+"""A base and tasks of one's own: a copy of this file is a config.
+
+    python -m experiments.run --config=my_config.py --workdir=runs/mine/run
+
+What isn't set here is as in the paper's experiments (`common.published`). `tasks.json` is looked for in the working folder, and
+the files that it names beside it.
+Hardware: as for `common_sense.py`, whose decoder this is, until blocks, prompts and positions are fewer.
+Expected: nothing is known before it has run; the ladder tells.
+"""
+
+import ml_collections
+
+from experiments.configs import common, common_sense
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Return the config; there are no variants, `arg` is ignored."""
+    config = common.published(
+        "mine", "0.5b", listed="tasks.json",  # adapters and store are in runs/mine; base, rank and shapes of common.MODELS
+        prompts=128, length=384, blocks=common_sense.BLOCKS, kernel_size=9,
+        batch_size=64, steps=2000, checkpoints=50, rows=5000, cut_off=2048, scoring="exact", max_new_tokens=64)
+    config.base = "Qwen/Qwen2.5-0.5B-Instruct"  # folder or hub name of any causal language model
+    config.collect.rank, config.collect.alpha, config.collect.steps = 8, 16, 300
+    config.encoder.name = "sentence-transformers/all-MiniLM-L12-v2"
+    config.evaluate.unrelated = ()  # files on which harm is measured, and how each is scored
+    return config
