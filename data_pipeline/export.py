@@ -22,6 +22,7 @@ from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Tree
 
 FORMS = ("prompt", "prompt+answer", "answer", "mix")
+GAUGES = ("none", "canonical", "align")
 
 
 def read_run(run: pathlib.Path, change: Callable[[Tree], Tree], reference: Spec, layout: Layout, first: str
@@ -42,12 +43,17 @@ def read_run(run: pathlib.Path, change: Callable[[Tree], Tree], reference: Spec,
     return (None if found else np.stack(encoded)), spec, found
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raise InputError at a form of conditions or a gauge that doesn't exist."""
+    for field, value, known in (("condition.form", config.condition.form, FORMS), ("export.gauge", config.export.gauge, GAUGES)):
+        if value not in known:
+            raise InputError(f"config.{field} is {value!r}, expected one of {known}")
+
+
 def make_gauge(name: str, reference: Tree, spec: Spec) -> Callable[[Tree], Tree]:
     """Return the change of matrices that keeps products: `none`, `canonical`, or `align` to a reference's A."""
     changes: dict[str, Callable[[Tree], Tree]] = {
         "none": lambda tree: tree, "canonical": adapters.canonical, "align": lambda tree: adapters.align(tree, reference)}
-    if name not in changes:
-        raise InputError(f"config.export.gauge is {name!r}, expected one of {sorted(changes)}")
     if name != "none" and spec.config.get("target_parameters"):
         raise InputError(f"config.export.gauge is {name!r}, but the runs adapt stacks of experts, where it isn't defined")
     return changes[name]
@@ -59,8 +65,6 @@ def condition_texts(rows: Sequence[Row], settings: ml_collections.ConfigDict) ->
     `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts has its answer: by one draw for all samples,
     which is our reading of the paper.
     """
-    if settings.form not in FORMS:
-        raise InputError(f"config.condition.form is {settings.form!r}, expected one of {FORMS}")
     rows = rows[: settings.pool] if settings.pool else rows
     with_answer = np.random.default_rng(0).random(len(rows)) < {"prompt+answer": 1.0, "mix": 0.2}.get(settings.form, 0.0)
     if settings.form == "answer":
@@ -81,6 +85,7 @@ def importance(tokens: Float[np.ndarray, "K T H W"]) -> Float[np.ndarray, " T"]:
 
 def export(config: ml_collections.ConfigDict) -> None:
     """Write the pair store of `config.export.store` whole, or raise InputError and write nothing."""
+    check(config)
     tasks, runs = read_tasks(config.tasks), pathlib.Path(config.collect.out)
     trained = [task.name for task in tasks if task.split == "train"]
     if not trained:

@@ -56,6 +56,10 @@ class Store:
     def split(self, name: str) -> tuple[Task, ...]:
         return tuple(task for task in self.tasks if task.split == name)
 
+    def tokens_sha256(self, split: str) -> dict[str, str]:
+        """Return the hashes of the adapters of a split's tasks, by their names."""
+        return {task.name: self.manifest["sha256"][f"tasks/{task.name}/tokens.npy"] for task in self.split(split)}
+
 
 def open_store(folder: files.PathLike) -> Store:
     """Open a pair store after comparing every file with its hash in the manifest.

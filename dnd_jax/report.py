@@ -199,13 +199,14 @@ def _curve(metrics: Sequence[dict[str, Any]]) -> str:
 
     figure, axes = _figure(8, 3)
     for key, label, color in (("loss", "training tasks", "#7f9db9"), ("validation_loss", "validation tasks", "#c03a2b")):
-        points = [(m["step"], m[key]) for m in metrics if key in m]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], color=color, label=label)
+        if points := [(m["step"], m[key]) for m in metrics if key in m]:
+            axes.plot(*zip(*points, strict=True), color=color, label=label)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_ylim()
-    axes.set_yticks([tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low <= tick <= high])
+    if len(ticks := [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low <= tick <= high]) > 1:
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.set_yticks(ticks)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend(loc="upper right", frameon=False)

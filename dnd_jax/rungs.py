@@ -121,6 +121,8 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
     compare("its encoder is", about["encoder"], store.manifest["encoder"])
     if about["embeddings"]:  # a decoder from elsewhere may have none
         compare("it was trained on", sorted(about["embeddings"]), sorted(task.name for task in store.split("train")))
+    if about.get("tokens_sha256"):  # an older one doesn't know
+        compare("it was trained on adapters of sha256", about["tokens_sha256"], store.tokens_sha256("train"))
     for name, entry in store.manifest["tasks"].items():
         compare(f"the split of {name} is", listed.get(name), entry["split"], "config.tasks")
     for key in ("form", "encoder_sha256"):

@@ -223,6 +223,7 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
         "form": store.manifest.get("form", "prompt"), "base": store.manifest["base"],
         "carried": keys.count_kinds(store.spec), "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED),
         "averaged": store.manifest["averaged"],
+        "tokens_sha256": store.tokens_sha256("train"),
         "embeddings": {t.name: embeddings.pool(t.condition).round(6).tolist() for t in store.split("train")},
     }
 
@@ -239,7 +240,17 @@ def main(args: Any) -> None:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise InputError at settings that no run can start with, before `workdirs.claim` binds the workdir to them."""
+    """Raise InputError at settings that no run can start with here, before `workdirs.claim` binds the workdir to them."""
+    check_settings(config)
+    t, mesh = config.train, sharding.make_mesh(config.mesh)
+    size = sharding.microbatch_size(t.batch_size, t.accumulate)
+    if size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise InputError(f"config.train.batch_size is {t.batch_size}, in {t.accumulate} microbatches (config.train.accumulate) "
+                         f"of {size} examples, which config.mesh.data x config.mesh.fsdp = {parts} devices don't divide")
+
+
+def check_settings(config: ml_collections.ConfigDict) -> None:
+    """Raise InputError at settings that no run can start with anywhere."""
     t = config.train
     if t.on_failed_save not in ("stop", "continue"):
         raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")
@@ -261,10 +272,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     optimizers.make_optimizer(config)
     for name in ("param_dtype", "compute_dtype"):
         optimizers.dtype_of(config, name)
-    size, mesh = sharding.microbatch_size(t.batch_size, t.accumulate), sharding.make_mesh(config.mesh)
-    if size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise InputError(f"config.train.batch_size is {t.batch_size}, in {t.accumulate} microbatches (config.train.accumulate) "
-                         f"of {size} examples, which config.mesh.data x config.mesh.fsdp = {parts} devices don't divide")
     if t.calibrate and config.decoder.shortened:
         raise InputError("config.train.calibrate is set, and config.decoder.shortened, too: no norm sees whole conditions then")
 

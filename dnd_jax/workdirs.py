@@ -15,6 +15,11 @@ FREE = re.compile(r"evaluate\..*|model\..*|mesh\.(data|fsdp|tensor)|"
                   r"train\.(accumulate|remat|prefetch|log_every|tensorboard|keep_last|keep_every|on_failed_save)")
 
 
+def check_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raise InputError unless a workdir is new, or its run goes on with this config."""
+    _read_config(workdir / "config.json", cli.config_dict(config))
+
+
 def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Write the config into a new workdir; in an old one it may differ in FREE fields only.
 
@@ -54,6 +59,18 @@ def keep_store(store: pairs.Store, workdir: pathlib.Path) -> None:
         files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
     if not path.exists():
         files.write_text(path, found)
+
+
+def is_begun_on(workdir: pathlib.Path, store: files.PathLike) -> bool:
+    """Return whether a workdir's run was begun on the store that is there now."""
+    seal, manifest = workdir / pairs.SEAL, pathlib.Path(store) / "manifest.json"
+    return seal.exists() and manifest.exists() and seal.read_text(errors="replace") == files.sha256_file(manifest)
+
+
+def check_trained(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raise InputError unless a run has got to its last step; terminated, it ends before that, with status 0."""
+    if not (workdir / "checkpoints" / str(config.train.steps)).is_dir():
+        raise InputError(f"{workdir}: training ended before step {config.train.steps}; the same command goes on from there")
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,9 +15,10 @@ import sys
 import time
 from typing import Any
 
+import ml_collections
 from absl import flags
 
-from dnd_jax import cli, files, report
+from dnd_jax import cli, files, report, workdirs
 from dnd_jax.types import InputError
 from experiments.configs import tenants
 
@@ -25,8 +26,8 @@ from experiments.configs import tenants
 def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
     """Return each station's command line and the outputs that go when it starts afresh."""
     config = tenants.get_config(arg)
-    root = pathlib.Path(config.tasks).parent
-    run, store, collected = f"{root}/run", config.export.store, config.collect.out
+    root, other = pathlib.Path(config.tasks).parent, suffix(config)
+    run, store, collected = f"{root}/run{other}", config.export.store, config.collect.out
     held_out = f"{root}/datasets/{{test}}_train.json"
     with_config = [f"--config=experiments/configs/tenants.py:{arg}" if arg else "--config=experiments/configs/tenants.py"]
     world = [f"--out={root}", f"--seed={config.seed}", *(["--smoke"] if "smoke" in arg else [])]
@@ -37,20 +38,32 @@ def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
         "collect": (["data_pipeline.collect", *with_config, f"--jobs={min(2, os.cpu_count() or 1)}"], [collected]),
         "export": (["data_pipeline.export", *with_config], [store]),
         "train": (["dnd_jax.train", *with_config, f"--workdir={run}"], [run]),
-        "generate": (["dnd_jax.generate", f"--workdir={run}", f"--prompts={held_out}", f"--out={root}/generated/{{test}}"],
-                     [f"{root}/generated"]),
+        "generate": (["dnd_jax.generate", f"--workdir={run}", f"--prompts={held_out}", f"--out={root}/generated{other}/{{test}}"],
+                     [f"{root}/generated{other}"]),
         "evaluate": (["dnd_jax.evaluate", *with_config, f"--workdir={run}"], [f"{run}/report.json", f"{run}/report.html"]),
     }
+
+
+def suffix(config: ml_collections.ConfigDict) -> str:
+    """Return what the names of a gauge's folders end in, which are beside those of the demo; empty without one."""
+    return pathlib.Path(config.export.store).name.removeprefix("store")
+
+
+def stamp_of(config: ml_collections.ConfigDict, name: str) -> pathlib.Path:
+    """Return the file that says which key a station has run with, and how long."""
+    other = "" if name == "tenants" else suffix(config)  # all gauges have one world
+    return pathlib.Path(config.tasks).parent / "stamps" / f"{name}{other}.json"
 
 
 def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
     """Bring every station up to date; return the run's workdir and the stations that had to run."""
     config = tenants.get_config(arg)
-    root = pathlib.Path(config.tasks).parent
+    workdir = pathlib.Path(config.tasks).parent / f"run{suffix(config)}"
     key, ran = "", []
     for name, (command, outputs) in stations(arg).items():
-        key = files.sha256_text(key + code_hash(command[0]) + cli.config_json(config) + " ".join(command))
-        stamp = root / "stamps" / f"{name}.json"
+        settings = "" if name == "tenants" else cli.config_json(config)
+        key = files.sha256_text(key + code_hash(command[0]) + settings + " ".join(command))
+        stamp = stamp_of(config, name)
         found = files.read_json(stamp) if stamp.exists() else {}
         if found.get("key") != key:
             for path in map(pathlib.Path, outputs):
@@ -64,9 +77,11 @@ def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
         done = subprocess.run([sys.executable, "-m", *(part.replace("{test}", test) for part in command)])
         if done.returncode:
             raise InputError(f"python -m {command[0]} ended with status {done.returncode}; the same command goes on from there")
+        if name == "train":
+            workdirs.check_trained(config, workdir)
         files.write_json(stamp, {"key": key, "seconds": round(time.perf_counter() - began, 1)})
         ran.append(name)
-    return root / "run", ran
+    return workdir, ran
 
 
 def code_hash(module: str) -> str:
@@ -87,14 +102,14 @@ def define_flags() -> None:
 
 def main(args: Any) -> None:
     try:
-        tenants.get_config(args.arg)
+        config = tenants.get_config(args.arg)
     except ValueError as error:
         raise InputError(f"--arg={args.arg}: {error}") from error
     workdir, ran = run_stations(args.arg)
-    seconds = {p.stem: files.read_json(p)["seconds"] for p in (workdir.parent / "stamps").glob("*.json")}
+    seconds = {name: files.read_json(stamp_of(config, name))["seconds"] for name in stations(args.arg)}
     if "evaluate" not in ran:
         print(report.table(files.read_json(workdir / "report.json")))
-    print(f"\n{workdir}/report.html; seconds: " + ", ".join(f"{name} {seconds[name]:.0f}" for name in stations(args.arg))
+    print(f"\n{workdir}/report.html; seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
           + f", together {sum(seconds.values()):.0f}")
 
 

@@ -3,9 +3,9 @@
     python -m experiments.run --config=experiments/configs/common_sense.py:ARC-c --workdir=runs/common_sense/ARC-c
 
 Every station is the command that it prints, with the same `--config.field=value`. Run again, collecting and training go on where
-they were. What the audit finds stops the run, unless `--despite_findings`. The result is an adapter for each test task,
-`WORKDIR/generated/TASK`, and the ladder's report; the paper's experiments have no validation tasks, so theirs is without the
-rungs that choose on these.
+they were, on the store that training was begun on. What the audit finds stops the run, unless `--despite_findings`. The result
+is an adapter for each test task, `WORKDIR/generated/TASK`, and the ladder's report; the paper's experiments have no validation
+tasks, so theirs is without the rungs that choose on these.
 """
 
 import pathlib
@@ -17,7 +17,8 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from dnd_jax import cli
+from data_pipeline import export
+from dnd_jax import cli, evaluate, train, workdirs
 from dnd_jax.prompts import read_rows
 from dnd_jax.scoring import kinds
 from dnd_jax.tasks import read_tasks
@@ -36,6 +37,22 @@ def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], work
             ["dnd_jax.evaluate", *with_config, f"--workdir={workdir}", *["--despite_findings"] * despite_findings]]
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raise InputError at what a station would fail on after days of work."""
+    evaluate.check(config.evaluate)
+    export.check(config)
+    train.check_settings(config)
+    for place, kind in config.evaluate.unrelated:
+        try:
+            read_rows(place)
+            kinds.check(kind)
+        except InputError as error:
+            raise InputError(f"config.evaluate.unrelated: {error}") from error
+    for task in read_tasks(config.tasks):
+        if task.split == "test" and task.test:
+            kinds.check_rows(config.evaluate.scoring, read_rows(task.test), str(task.test))
+
+
 def run(command: Sequence[str]) -> int:
     """Run a module's command line, print it before, and return its exit status."""
     print(f"== python -m {' '.join(command)}", flush=True)
@@ -50,19 +67,20 @@ def define_flags() -> None:
 
 
 def main(args: Any) -> None:
-    with_config = cli.config_words()
-    for place, kind in args.config.evaluate.unrelated:
-        try:
-            read_rows(place)  # what is missing is to be said before days of work
-            kinds.check(kind)
-        except InputError as error:
-            raise InputError(f"config.evaluate.unrelated: {error}") from error
+    with_config, workdir = cli.config_words(), pathlib.Path(args.workdir)
+    check(args.config)
+    workdirs.check_config(args.config, workdir)
     planned = stations(args.config, with_config, args.workdir, args.jobs, args.despite_findings)
     if run(["data_pipeline.datasets", "audit", *with_config]) and not args.despite_findings:
         raise InputError(f"{with_config[0]}: see the audit's findings above; --despite_findings goes on all the same")
     for command in planned:
+        if command[0] == "data_pipeline.export" and workdirs.is_begun_on(workdir, args.config.export.store):
+            print(f"export: {args.config.export.store} is the store that {workdir} was begun on", flush=True)
+            continue  # made anew on another kind of machine it may be another by a rounding
         if status := run(command):
             raise InputError(f"python -m {command[0]} ended with status {status}; the same command goes on from there")
+        if command[0] == "dnd_jax.train":
+            workdirs.check_trained(args.config, workdir)
 
 
 if __name__ == "__main__":

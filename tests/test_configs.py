@@ -48,7 +48,7 @@ def test_the_config_to_copy_fits_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = own.get_config()
     changed = workdirs.differences(cli.config_dict(get("common_sense", "PIQA")), cli.config_dict(config))
-    assert changed.keys() == {"tasks", "collect.out", "export.store", "train.steps",
+    assert changed.keys() == {"tasks", "collect.out", "collect.multi_task_steps", "export.store", "train.steps",
                               "evaluate.unrelated", "evaluate.scoring", "evaluate.max_new_tokens"}
     decoder, layout = make_decoder(config)
     assert decoder.features[-1] == layout.shape

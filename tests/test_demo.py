@@ -5,6 +5,9 @@ import json
 import pytest
 from conftest import ROOT, run_module
 
+from experiments import demo
+from experiments.configs import tenants
+
 
 @pytest.fixture
 def project(tmp_path):
@@ -12,6 +15,16 @@ def project(tmp_path):
     for name in ("dnd_jax", "data_pipeline", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
+
+
+def test_a_gauges_folders_are_beside_those_of_the_demo():
+    """But for the world, which is one, and which another gauge's config doesn't make anew."""
+    plain, other = demo.stations(""), demo.stations("gauge=align")
+    assert plain["tenants"] == other["tenants"]
+    for name in ("collect", "export", "train", "generate", "evaluate"):
+        assert not set(plain[name][1]) & set(other[name][1])
+        assert demo.stamp_of(tenants.get_config(""), name) != demo.stamp_of(tenants.get_config("gauge=align"), name)
+    assert demo.stamp_of(tenants.get_config(""), "tenants") == demo.stamp_of(tenants.get_config("gauge=align"), "tenants")
 
 
 @pytest.mark.slow

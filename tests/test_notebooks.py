@@ -7,7 +7,8 @@ import nbformat
 import pytest
 from conftest import ROOT, make_store, run_module, tiny_config
 
-from dnd_jax import train
+from dnd_jax import train, workdirs
+from dnd_jax.types import InputError
 from experiments.ablations import conditions
 from experiments.configs import tenants
 
@@ -69,6 +70,27 @@ def test_committed_notebooks_are_clean_and_their_cells_short(path):
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None and cell.source.count("\n") < 6
             assert before.cell_type == "markdown" and re.search(r"[.?:]$", before.source)
+
+
+def test_a_variant_is_evaluated_only_when_trained_and_only_kept_of_its_config(tmp_path, monkeypatch, capsys):
+    config = tenants.get_config("smoke").unlock()
+    config.tasks, done = str(tmp_path / "tasks.json"), []
+    workdir = tmp_path / "conditions" / "prompts-4" / "run"
+    monkeypatch.setattr(conditions.export, "export", lambda config: done.append("export"))
+    monkeypatch.setattr(conditions.train, "run", lambda config, workdir: done.append("train"))  # as on SIGTERM: it returns
+    monkeypatch.setattr(conditions.evaluate, "climb", lambda config, workdir: done.append("evaluate"))
+    with pytest.raises(InputError, match="prompts-4/run: training ended before step 4"):
+        conditions.run(config, "prompts-4")
+    (workdir / "checkpoints" / "4").mkdir(parents=True)
+    conditions.run(config, "prompts-4")
+    assert done == ["export", "train", "export", "train", "evaluate"]
+    workdirs.claim(conditions.vary(config, "prompts-4"), workdir)
+    (workdir / "report.json").touch()
+    conditions.run(config, "prompts-4")
+    assert len(done) == 5 and capsys.readouterr().out.endswith("prompts-4: has its report\n")
+    config.collect.steps = 7
+    with pytest.raises(InputError, match=r"prompts-4/run/config\.json: collect\.steps is 2, the config given says 7"):
+        conditions.run(config, "prompts-4")
 
 
 def test_variants_differ_in_what_they_say_and_leave_the_config_alone():

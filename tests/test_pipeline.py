@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import ROOT, run_module
 
-from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs, tasks, tokens
+from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs, tasks, tokens, workdirs
 from dnd_jax.encoders import SentenceEncoder
 from experiments import run
 from experiments.configs import common_sense, tenants
@@ -193,9 +194,10 @@ def ran(root, smoke):
 def test_one_command_runs_all_stations_and_repeats_no_work(ran, root):
     said, changed = ran
     assert "all 11 runs are there" in said and [line.split()[3] for line in said.splitlines() if line.startswith("== ")] == [
-        "data_pipeline.datasets", "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", "dnd_jax.generate",
-        "dnd_jax.generate", "dnd_jax.evaluate"]
-    assert {name for name in changed if not name.startswith(("store/", "run/generated/", "run/report."))} <= {
+        "data_pipeline.datasets", "data_pipeline.collect", "dnd_jax.train", "dnd_jax.generate", "dnd_jax.generate",
+        "dnd_jax.evaluate"]
+    assert "store is the store that build/tenants-smoke/run was begun on" in said
+    assert {name for name in changed if not name.startswith(("run/generated/", "run/report."))} <= {
         "run/metrics.jsonl", "run/.lock"}
     for task in pairs.open_store(root / "store").split("test"):
         assert adapters.read(root / "run/generated" / task.name)[1].config["peft_type"] == "LORA"
@@ -216,7 +218,36 @@ def test_one_command_of_a_paper_experiment_ends_with_its_ladder(tmp_path, monkey
     assert run.stations(config, ["--config=c.py"], "w", 2, True)[-1] == [*commands[-1], "--despite_findings"]
 
 
+@pytest.mark.parametrize("field,value,said", [
+    ("evaluate.scoring", "guess", "scoring is 'guess'"), ("condition.form", "poem", "condition.form is 'poem'"),
+    ("export.gauge", "alin", "gauge is 'alin'"), ("train.clip_norm", -1.0, "clip_norm is -1.0"),
+    ("evaluate.unrelated", (("nowhere.json", "exact"),), "config.evaluate.unrelated: nowhere.json"),
+    ("evaluate.scoring", "choice", "_test.json: row 0")])
+def test_what_a_late_station_would_refuse_is_refused_first(root, smoke, monkeypatch, field, value, said):
+    monkeypatch.chdir(smoke)
+    config = tenants.get_config("smoke").unlock()
+    run.check(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(adapters.InputError, match=said):
+        run.check(config)
+
+
+def test_a_terminated_training_ends_all_stations(root, smoke, monkeypatch):
+    """It ends with status 0, as jobs want it."""
+    monkeypatch.chdir(smoke)
+    config, done = tenants.get_config("smoke"), []
+    workdirs.check_trained(config, root / "run")
+    args = types.SimpleNamespace(config=config.copy_and_resolve_references(), workdir=str(smoke / "new"), jobs=1,
+                                 despite_findings=False)
+    monkeypatch.setattr(run, "run", lambda command: done.append(command[0]))
+    monkeypatch.setattr(run.cli, "config_words", lambda: ["--config=c.py"])
+    with pytest.raises(adapters.InputError, match="new: training ended before step 4; the same command goes on from there"):
+        run.main(args)
+    assert done == ["data_pipeline.datasets", "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train"]
+
+
 @pytest.mark.parametrize("change,message", [
+    ("adapters", r"run: it was trained on adapters of sha256 .*store says"),
     ("decoder", r"run: it was trained on \['another', .*/store says \["),
     ("encoder", "run: its encoder is .*'length': 15.*store says"),
     ("layout", "run: its layout is"), ("split", "config.tasks: the split of .* is train, .*store says test"),
@@ -231,6 +262,8 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
     rungs.check_belonging(config, store, about | {"encoder_sha256": None}, "run", listed)  # as a decoder of an older store has it
     if change == "decoder":
         about["embeddings"] = {"another": [0.0]} | about["embeddings"]
+    elif change == "adapters":
+        about["tokens_sha256"] = dict.fromkeys(about["tokens_sha256"], "0")
     elif change == "encoder":
         about["encoder"] = about["encoder"] | {"length": 15}
     elif change == "layout":

@@ -4,9 +4,10 @@
     python -m experiments.ablations.conditions --config=experiments/configs/tenants.py --variants=form-answer,prompts-28
 
 Needs the tenants' adapters, as `make demo` leaves them. Exports, trains and evaluates every variant under
-`build/tenants/conditions/<variant>/{store,run}`; one that has a report is left as it is, so delete its folder to redo it.
-Each trains as long as the demo does: with a quarter of its steps no decoder has learned to tell tasks apart yet. Forms with an
-answer need labels of the held-out task, which plain prompts don't. `conditions.ipynb` reads the reports.
+`build/tenants/conditions/<variant>/{store,run}`; one that has a report is left as it is, so delete its folder to redo it, as with
+other settings of collecting or training. Each trains as long as the demo does: with a quarter of its steps no decoder has learned
+to tell tasks apart yet. Forms with an answer need labels of the held-out task, which plain prompts don't; of one prompt in 18,
+which names its notation, the answer is cut off. `conditions.ipynb` reads the reports.
 """
 
 import pathlib
@@ -16,7 +17,7 @@ import ml_collections
 from absl import flags
 
 from data_pipeline import export
-from dnd_jax import cli, evaluate, files, train
+from dnd_jax import cli, evaluate, files, train, workdirs
 from dnd_jax.types import InputError
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -40,16 +41,17 @@ def vary(config: ml_collections.ConfigDict, variant: str) -> ml_collections.Conf
 
 def run(config: ml_collections.ConfigDict, variant: str) -> None:
     """Bring one variant to its report, station by station."""
-    place = folder_of(config) / variant
-    if (place / "run" / "report.json").exists():
+    changed, workdir = vary(config, variant), folder_of(config) / variant / "run"
+    workdirs.check_config(changed, workdir)
+    if (workdir / "report.json").exists():
         print(f"{variant}: has its report")
         return
     print(f"== {variant}", flush=True)
-    changed = vary(config, variant)
-    if not (place / "store" / "manifest.json").exists():
+    if not workdirs.is_begun_on(workdir, changed.export.store):
         export.export(changed)
-    train.run(changed, place / "run")
-    evaluate.climb(changed, place / "run")
+    train.run(changed, workdir)
+    workdirs.check_trained(changed, workdir)
+    evaluate.climb(changed, workdir)
 
 
 def load(folder: files.PathLike) -> dict[str, dict[str, Any]]:

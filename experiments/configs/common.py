@@ -2,8 +2,9 @@
 
 Dataset files are `data/<name>_train.json` and `data/<name>_test.json`, lists of prompt, response and system, made from the
 sets that the paper names. Of `collect`, rank, learning rate, cosine, warm-up, dtype, cut-off, rows and checkpoints are the
-paper's; the steps before these, the rate that they are continued at, alpha, batch, clipping and weight decay are ours. Of
-`train`, all is the paper's but for AdamW's moments, float32 here and 8 bits there, validation, and what is kept.
+paper's; the steps before these (as many for each set of the multi-task run), the rate that they are continued at, alpha, batch,
+clipping and weight decay are ours. Of `train`, all is the paper's but for AdamW's moments, float32 here and 8 bits there,
+validation, and what is kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,7 @@ def published(
       max_new_tokens: of an answer.
     """
     base, rank, shapes = MODELS[model]
+    sets = 0 if isinstance(listed, str) else sum(task["split"] == "train" for task in listed.values())
     config = ml_collections.ConfigDict()
     config.seed = 42
     config.base = base
@@ -79,7 +81,7 @@ def published(
         "out": f"runs/{name}/adapters", "rank": rank, "alpha": 2 * rank, "dropout": 0.0, "target_modules": ALL_LINEAR,
         "initial_seed": 42, "seed_per_task": False, "learning_rate": 1e-4, "continued_learning_rate": 1e-5,
         "warmup_ratio": 0.01, "weight_decay": 0.0, "clip_norm": 1.0, "batch_size": 16, "steps": 300, "checkpoints": checkpoints,
-        "multi_task_steps": 300, "max_length": cut_off, "max_rows": rows,
+        "multi_task_steps": 300 * (sets or 1), "max_length": cut_off, "max_rows": rows,
         "dtype": "bfloat16", "accumulate": 4, "checkpointing": model != "0.5b", "quantize": "none",
     }
     config.export = {"store": f"runs/{name}/store", "chunk": placeholder(int), "gauge": "none"}

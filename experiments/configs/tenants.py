@@ -22,6 +22,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         if name not in OPTIONS:
             raise ValueError(f"argument {name!r} is unknown, expected some of {sorted(OPTIONS)}")
         options[name] = value or "yes"
+    if options["gauge"] not in ("", "none", "canonical", "align"):
+        raise ValueError(f"gauge {options['gauge']!r} is unknown, expected 'none', 'canonical' or 'align'")
     seed, smoke = int(options["seed"]), bool(options["smoke"])
     root = "build/tenants" + ("-smoke" if smoke else "") + (f"-seed{seed}" if seed else "")
 
