@@ -45,9 +45,15 @@ def read_run(run: pathlib.Path, change: Callable[[Tree], Tree], reference: Spec,
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raise InputError at a form of conditions or a gauge that doesn't exist."""
-    for field, value, known in (("condition.form", config.condition.form, FORMS), ("export.gauge", config.export.gauge, GAUGES)):
-        if value not in known:
-            raise InputError(f"config.{field} is {value!r}, expected one of {known}")
+    check_form(config.condition)
+    if config.export.gauge not in GAUGES:
+        raise InputError(f"config.export.gauge is {config.export.gauge!r}, expected one of {GAUGES}")
+
+
+def check_form(settings: ml_collections.ConfigDict) -> None:
+    """Raise InputError at a form of conditions that doesn't exist."""
+    if settings.form not in FORMS:
+        raise InputError(f"config.condition.form is {settings.form!r}, expected one of {FORMS}")
 
 
 def make_gauge(name: str, reference: Tree, spec: Spec) -> Callable[[Tree], Tree]:
@@ -65,6 +71,7 @@ def condition_texts(rows: Sequence[Row], settings: ml_collections.ConfigDict) ->
     `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts has its answer: by one draw for all samples,
     which is our reading of the paper.
     """
+    check_form(settings)
     rows = rows[: settings.pool] if settings.pool else rows
     with_answer = np.random.default_rng(0).random(len(rows)) < {"prompt+answer": 1.0, "mix": 0.2}.get(settings.form, 0.0)
     if settings.form == "answer":

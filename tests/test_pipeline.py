@@ -221,14 +221,23 @@ def test_one_command_of_a_paper_experiment_ends_with_its_ladder(tmp_path, monkey
 @pytest.mark.parametrize("field,value,said", [
     ("evaluate.scoring", "guess", "scoring is 'guess'"), ("condition.form", "poem", "condition.form is 'poem'"),
     ("export.gauge", "alin", "gauge is 'alin'"), ("train.clip_norm", -1.0, "clip_norm is -1.0"),
-    ("evaluate.unrelated", (("nowhere.json", "exact"),), "config.evaluate.unrelated: nowhere.json"),
-    ("evaluate.scoring", "choice", "_test.json: row 0")])
+    ("evaluate.unrelated", (("nowhere.json", "exact"),), "config.evaluate.unrelated: nowhere.json")])
 def test_what_a_late_station_would_refuse_is_refused_first(root, smoke, monkeypatch, field, value, said):
     monkeypatch.chdir(smoke)
     config = tenants.get_config("smoke").unlock()
     run.check(config)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(adapters.InputError, match=said):
+        run.check(config)
+
+
+def test_rows_that_cannot_be_scored_are_refused_first(tmp_path):
+    (tmp_path / "tests.json").write_text(json.dumps([{"prompt": "def f():", "response": "assert (", "system": ""}]))
+    config = tenants.get_config("smoke").unlock()
+    del config.tasks
+    config.tasks = {"f": {"split": "test", "train": str(tmp_path / "tests.json"), "test": str(tmp_path / "tests.json")}}
+    config.evaluate.unrelated, config.evaluate.scoring = (), "code"
+    with pytest.raises(adapters.InputError, match=r"tests\.json: row 0: the response is to be tests in Python"):
         run.check(config)
 
 
