@@ -35,6 +35,8 @@ from dnd_jax.sources import Source
 from dnd_jax.tasks import MULTI_TASK, read_tasks
 from dnd_jax.types import InputError
 
+FREE = {"out": None, "multi_task_steps": None}  # of `config.collect`, no part of a run's identity, which has its own `steps`
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -71,7 +73,7 @@ def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
     return {
         "task": run.name, "split": run.split, "base": base_models.identity(config.base), "seed": config.seed,
         "files": {source.key: source.sha256() for source in run.sources},
-        "collect": cli.config_dict(config.collect) | {"out": None},
+        "collect": cli.config_dict(config.collect) | FREE,
         "steps": run.steps, "checkpoints": run.checkpoints, "initial_seed": initial_seed(config, run),
     }
 
@@ -82,17 +84,25 @@ def initial_seed(config: ml_collections.ConfigDict, run: Run) -> int:
     return c.initial_seed + (int(files.sha256_text(run.name)[:6], 16) if c.seed_per_task else 0)
 
 
+def agrees(key: str, known: Any, value: Any) -> bool:
+    """Return whether a run's record says of a part of its identity what that is now; files may have other names by now."""
+    if isinstance(known, dict):
+        if key == "base":
+            return base_models.is_same(known, value)
+        if key == "files":
+            return [*known.values()] == [*value.values()]
+        if key == "collect":
+            return known | FREE == value
+    return known == value
+
+
 def is_finished(folder: pathlib.Path, expected: dict[str, Any]) -> bool:
     """Return whether a run is there; raise InputError when it was made from something else."""
     if not (folder / "run.json").exists():
         return False
     found = files.read_json(folder / "run.json")
     for key, value in expected.items():
-        known = found.get(key)
-        same = base_models.is_same(known, value) if key == "base" and known else known == value
-        if key == "files" and known:  # under whatever names
-            same = [*known.values()] == [*value.values()]
-        if not same:
+        if not agrees(key, found.get(key), value):
             raise InputError(f"{folder / 'run.json'}: {key} was {found.get(key)}, is now {value}; move the folder away")
     return True
 

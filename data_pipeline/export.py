@@ -3,6 +3,7 @@
     python -m data_pipeline.export --config=experiments/configs/tenants.py
 """
 
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from data_pipeline import agreement, collect
 from dnd_jax import adapters, base_models, checksums, cli, encoders, files, folders, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.sources import Row
-from dnd_jax.tasks import MULTI_TASK, read_tasks, step_folders
+from dnd_jax.tasks import MULTI_TASK, Task, digest, read_tasks, step_folders
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Tree
 
@@ -104,6 +105,10 @@ def export(config: ml_collections.ConfigDict) -> None:
     layout = tokens.plan(reference, config.export.chunk)
     change = make_gauge(config.export.gauge, reference_tree, reference)
     base = check_runs(config)
+    made_of = identity(config, tasks, base)
+    if _is_made_of(config.export.store, made_of):
+        print(f"{config.export.store}: is there, made of the same")
+        return
     encoder, encoder_sha256 = encoders.make(config.encoder), encoders.identity(config.encoder)
     entries: dict[str, dict[str, Any]] = {}
     with folders.atomic_folder(config.export.store, "manifest.json", pairs.NAMES) as folder:
@@ -113,9 +118,10 @@ def export(config: ml_collections.ConfigDict) -> None:
             found += differences
             if encoded is None:
                 continue
-            texts = condition_texts(prompts.read_rows(task.train)[: config.collect.max_rows], config.condition)
+            texts = texts_of(config, task)
             write_task(folder / "tasks" / task.name, encoded, texts, encoder)
-            entries[task.name] = {"split": task.split, "checkpoints": len(encoded), "prompts": len(texts)}
+            entries[task.name] = {"split": task.split, "checkpoints": len(encoded), "prompts": len(texts),
+                                  "run_sha256": digest(runs / task.name)}
             if task.split == "train":
                 weights.append(importance(encoded))
                 specs[str(runs / task.name)] = spec
@@ -128,11 +134,36 @@ def export(config: ml_collections.ConfigDict) -> None:
             "format": pairs.FORMAT, "base": base, "spec": reference.to_json(), "layout": layout.to_json(),
             "gauge": config.export.gauge, "averaged": averaged,
             "encoder": config.encoder.to_dict(), "encoder_sha256": encoder_sha256,
-            "form": config.condition.form, "tasks": entries,
+            "form": config.condition.form, "tasks": entries, "made_of": made_of,
             "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()},
         })
         files.write_text(folder / pairs.SEAL, files.sha256_file(folder / "manifest.json"))
     print(f"{config.export.store}: {len(tasks)} tasks, tokens {list(layout.shape)}, chunk {layout.chunk}")
+
+
+def identity(config: ml_collections.ConfigDict, tasks: Sequence[Task], base: dict[str, str]) -> str | None:
+    """Return a hash of all that a store is made of; None if a run has no record of its files, or others by now.
+
+    Made again of the same, on a machine of another kind, it could be another one by a rounding, on which no training goes on.
+    """
+    folders_of = {task.name: pathlib.Path(config.collect.out) / task.name for task in tasks}
+    runs = {name: None if checksums.fault(folder) else digest(folder) for name, folder in folders_of.items()}
+    made_of = {"format": pairs.FORMAT, "base": base, "gauge": config.export.gauge, "chunk": config.export.chunk,
+               "encoder": [config.encoder.to_dict(), encoders.identity(config.encoder)],
+               "tasks": [[task.name, task.split, runs[task.name], texts_of(config, task)] for task in tasks]}
+    return None if None in runs.values() else files.sha256_text(json.dumps(made_of))
+
+
+def _is_made_of(store: str, made_of: str | None) -> bool:
+    try:
+        return made_of is not None and pairs.open_store(store).manifest.get("made_of") == made_of
+    except InputError:  # none is there, or a damaged one
+        return False
+
+
+def texts_of(config: ml_collections.ConfigDict, task: Task) -> list[str]:
+    """Return the texts of a task's conditions, of the rows that it is trained on."""
+    return condition_texts(prompts.read_rows(task.train)[: config.collect.max_rows], config.condition)
 
 
 def write_task(folder: pathlib.Path, encoded: np.ndarray, texts: Sequence[str], encoder: encoders.Encoder) -> None:
@@ -160,10 +191,9 @@ def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:
              for name, record in records.items() if not base_models.is_same(record["base"], base)]
     for run in runs:
         known, wanted = records[str(collected[run.name])], collect.identity(config, run)
-        found += [f"{collected[run.name]}: {key} was {known[key]}, is now {wanted[key]}; collect it again"
-                  for key in ("collect", "steps", "checkpoints") if key in known and known[key] != wanted[key]]
-        if "files" in known and [*known["files"].values()] != [*wanted["files"].values()]:  # wherever they are
-            found.append(f"{collected[run.name]}: files were {known['files']}, are now {wanted['files']}; collect it again")
+        others = [key for key in ("collect", "steps", "checkpoints", "files")
+                  if key in known and not collect.agrees(key, known[key], wanted[key])]
+        found += [f"{collected[run.name]}: {key} was {known[key]}, is now {wanted[key]}; collect it again" for key in others]
     seeds = {name: record.get("initial_seed") for name, record in records.items()}
     if not config.collect.seed_per_task:
         found += agreement.check_initial_seeds(seeds, config.export.gauge)

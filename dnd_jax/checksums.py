@@ -25,6 +25,14 @@ def renew(folder: pathlib.Path, name: str) -> None:
         files.write_json(folder / NAME, known | {name: files.sha256_file(folder / name)})
 
 
+def digest(folder: pathlib.Path, without: str) -> str | None:
+    """Return one hash of what a folder's record says of all files but one; None without a record."""
+    if not (folder / NAME).exists():
+        return None
+    known = files.read_json(folder / NAME)
+    return files.sha256_text(json.dumps(sorted(item for item in known.items() if item[0] != without)))
+
+
 def fault(folder: pathlib.Path, below: str = "") -> str | None:
     """Return what is wrong with the files whose names start with `below`: missing or changed since they were recorded.
 

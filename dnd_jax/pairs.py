@@ -56,9 +56,9 @@ class Store:
     def split(self, name: str) -> tuple[Task, ...]:
         return tuple(task for task in self.tasks if task.split == name)
 
-    def tokens_sha256(self, split: str) -> dict[str, str]:
-        """Return the hashes of the adapters of a split's tasks, by their names."""
-        return {task.name: self.manifest["sha256"][f"tasks/{task.name}/tokens.npy"] for task in self.split(split)}
+    def run_of(self, task: str) -> str | None:
+        """Return the hash of the run whose adapters a task has; None if the store doesn't know it, or not the task."""
+        return self.manifest["tasks"].get(task, {}).get("run_sha256")
 
 
 def open_store(folder: files.PathLike) -> Store:

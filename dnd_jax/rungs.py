@@ -12,15 +12,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from dnd_jax import adapters, base_models, baselines, checksums, embeddings, encoders, pairs, prompts, scoring, tokens
+from dnd_jax import adapters, base_models, baselines, checksums, embeddings, encoders, pairs, prompts, scoring
 from dnd_jax.adapters import Spec
 from dnd_jax.baselines import Flat
 from dnd_jax.generate import Generator
 from dnd_jax.scoring import kinds
 from dnd_jax.scoring.kinds import Scores
 from dnd_jax.sources import Row
-from dnd_jax.tasks import MULTI_TASK, SPLITS, read_tasks, step_folders
-from dnd_jax.types import InputError, Tree
+from dnd_jax.tasks import MULTI_TASK, SPLITS, digest, read_tasks, step_folders
+from dnd_jax.types import InputError
 
 Adapter = tuple[Flat, Spec]
 MakeAdapter = Callable[[pairs.Task, int], Adapter]
@@ -61,8 +61,8 @@ class Evaluation:
         folder = pathlib.Path(self.config.collect.out) / run
         if fault := checksums.fault(folder):
             raise InputError(f"{folder}/{fault}; move the run away and collect it again")
+        check_exported(folder, run, self.store)
         tree, spec = adapters.read(step_folders(folder)[-1])
-        check_exported(tree, folder, run, self.store)
         return flatten_dict(tree, sep="/"), spec
 
     def made(self, flat: Flat) -> Adapter:
@@ -121,8 +121,9 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
     compare("its encoder is", about["encoder"], store.manifest["encoder"])
     if about["embeddings"]:  # a decoder from elsewhere may have none
         compare("it was trained on", sorted(about["embeddings"]), sorted(task.name for task in store.split("train")))
-    if about.get("tokens_sha256"):  # an older one doesn't know
-        compare("it was trained on adapters of sha256", about["tokens_sha256"], store.tokens_sha256("train"))
+    for name, known in about.get("runs_sha256", {}).items():
+        if None not in (known, store.run_of(name)):  # older ones don't know
+            compare(f"it was trained on adapters of {name} with sha256", known, store.run_of(name))
     for name, entry in store.manifest["tasks"].items():
         compare(f"the split of {name} is", listed.get(name), entry["split"], "config.tasks")
     for key in ("form", "encoder_sha256"):
@@ -134,16 +135,12 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
         compare(f"{config.base} has sha256", found["sha256"], known["sha256"], "config.base")
 
 
-def check_exported(tree: Tree, folder: pathlib.Path, run: str, store: pairs.Store) -> None:
-    """Raise InputError unless a run's last adapter is the one that the store has, where it has one and as it was."""
-    task = next((task for task in store.tasks if task.name == run), None)
-    if task is None or store.manifest["gauge"] != "none":
-        return
-    same = {m.path for m in store.layout.matrices} == flatten_dict(tree, sep="/").keys()
-    # not bit for bit: logarithms of another CPU may be others
-    if not same or not np.allclose(tokens.encode(tree, store.layout)[0], task.tokens[-1], rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise InputError(f"{folder}: its last adapter is not the one that {store.folder} was made of; export again, and train a "
-                         "decoder on that")
+def check_exported(folder: pathlib.Path, run: str, store: pairs.Store) -> None:
+    """Raise InputError unless a run is the one that the store was made of, as far as the store knows."""
+    found, known = digest(folder), store.run_of(run)
+    if None not in (found, known) and found != known:
+        raise InputError(f"{folder}: its adapters have sha256 {str(found)[:12]}..., those that {store.folder} was made of "
+                         f"{str(known)[:12]}...; export again, and train a decoder on that")
 
 
 # --- rungs -----------------------------------------------------------------------------------------------------------

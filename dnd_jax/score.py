@@ -21,16 +21,16 @@ FLAGS = ("base", "scoring", "adapter", "out", "lm_eval", "batch_size", "max_new_
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("base", None, "Folder or hub name of the base model; this and all below with --data.")
-    flags.DEFINE_string("data", None, "Dataset file to score.")
-    flags.DEFINE_string("scoring", None, f"One of {', '.join(kinds.KINDS)}; by default exact.")
-    flags.DEFINE_string("adapter", None, "Adapter folder; without, the base alone is scored.")
-    flags.DEFINE_string("out", None, "JSON file for the scores.")
-    flags.DEFINE_string("lm_eval", None, "Write a task folder of lm-evaluation-harness there instead of scoring.")
-    flags.DEFINE_integer("batch_size", 32, "Rows asked at once.", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", 256, "Of an answer.", lower_bound=1)
-    flags.DEFINE_integer("samples", 10, "Answers to each row, of code.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.8, "Of the samples.", lower_bound=1e-3)
+    flags.DEFINE_string("base", None, "Folder or hub name of the base model; with --data.")
+    flags.DEFINE_string("data", None, "Dataset file to score, instead of the ladder.")
+    flags.DEFINE_string("scoring", None, f"One of {', '.join(kinds.KINDS)}; by default exact; with --data.")
+    flags.DEFINE_string("adapter", None, "Adapter folder; without, the base alone is scored; with --data.")
+    flags.DEFINE_string("out", None, "JSON file for the scores; with --data.")
+    flags.DEFINE_string("lm_eval", None, "Write a task folder of lm-evaluation-harness there instead of scoring; with --data.")
+    flags.DEFINE_integer("batch_size", 32, "Rows asked at once; with --data.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 256, "Of an answer; with --data.", lower_bound=1)
+    flags.DEFINE_integer("samples", 10, "Answers to each row, of code; with --data.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.8, "Of the samples; with --data.", lower_bound=1e-3)
 
 
 def main(args: Any) -> None:

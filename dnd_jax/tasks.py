@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from dnd_jax import files, sources
+from dnd_jax import checksums, files, sources
 from dnd_jax.sources import Source
 from dnd_jax.types import InputError
 
@@ -56,6 +56,11 @@ def _read_task(name: str, entry: Mapping[str, Any], folder: pathlib.Path, where:
         raise InputError(f"{where}: names no 'train' file, only {sorted(entry)}")
     found = {part: sources.parse(entry[part], folder, where) for part in ("train", "test") if part in entry}
     return Task(name, entry["split"], found["train"], found.get("test"))
+
+
+def digest(run: pathlib.Path) -> str | None:
+    """Return one hash of all adapters of a run; None of one that has no record of its files."""
+    return checksums.digest(run, without="run.json")  # which says how long it took
 
 
 def step_folders(run: pathlib.Path) -> list[pathlib.Path]:

@@ -223,7 +223,7 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
         "form": store.manifest.get("form", "prompt"), "base": store.manifest["base"],
         "carried": keys.count_kinds(store.spec), "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED),
         "averaged": store.manifest["averaged"],
-        "tokens_sha256": store.tokens_sha256("train"),
+        "runs_sha256": {t.name: store.run_of(t.name) for t in store.split("train")},
         "embeddings": {t.name: embeddings.pool(t.condition).round(6).tolist() for t in store.split("train")},
     }
 

@@ -11,7 +11,7 @@ from dnd_jax.types import InputError
 
 # Fields that change no parameter of a run but by rounding; another value may resume it. `train.steps` is not among them: the
 # learning rate falls to zero at the last step.
-FREE = re.compile(r"evaluate\..*|model\..*|mesh\.(data|fsdp|tensor)|"
+FREE = re.compile(r"evaluate\..*|model\..*|collect\.multi_task_steps|mesh\.(data|fsdp|tensor)|"
                   r"train\.(accumulate|remat|prefetch|log_every|tensorboard|keep_last|keep_every|on_failed_save)")
 
 
@@ -59,12 +59,6 @@ def keep_store(store: pairs.Store, workdir: pathlib.Path) -> None:
         files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
     if not path.exists():
         files.write_text(path, found)
-
-
-def is_begun_on(workdir: pathlib.Path, store: files.PathLike) -> bool:
-    """Return whether a workdir's run was begun on the store that is there now."""
-    seal, manifest = workdir / pairs.SEAL, pathlib.Path(store) / "manifest.json"
-    return seal.exists() and manifest.exists() and seal.read_text(errors="replace") == files.sha256_file(manifest)
 
 
 def check_trained(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

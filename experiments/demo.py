@@ -6,6 +6,7 @@ A station's key is a hash of its code with all of ours that this imports, the co
 interrupted, collecting and training go on where they were; a station whose key has changed starts afresh.
 """
 
+import json
 import modulefinder
 import os
 import pathlib
@@ -50,9 +51,18 @@ def suffix(config: ml_collections.ConfigDict) -> str:
 
 
 def stamp_of(config: ml_collections.ConfigDict, name: str) -> pathlib.Path:
-    """Return the file that says which key a station has run with, and how long."""
-    other = "" if name == "tenants" else suffix(config)  # all gauges have one world
+    """Return the file that says which key a station has run with, and how long; all gauges have one world and one collection."""
+    collected = pathlib.Path(config.collect.out).name.removeprefix("adapters")
+    other = {"tenants": "", "collect": collected}.get(name, suffix(config))
     return pathlib.Path(config.tasks).parent / "stamps" / f"{name}{other}.json"
+
+
+def settings_of(config: ml_collections.ConfigDict, name: str) -> str:
+    """Return what of the config a station depends on, at the most."""
+    settings = cli.config_dict(config)
+    if name == "collect":
+        del settings["export"]
+    return "" if name == "tenants" else json.dumps(settings)
 
 
 def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
@@ -61,8 +71,8 @@ def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
     workdir = pathlib.Path(config.tasks).parent / f"run{suffix(config)}"
     key, ran = "", []
     for name, (command, outputs) in stations(arg).items():
-        settings = "" if name == "tenants" else cli.config_json(config)
-        key = files.sha256_text(key + code_hash(command[0]) + settings + " ".join(command))
+        words = [part for part in command if not part.startswith("--config=")]
+        key = files.sha256_text(key + code_hash(command[0]) + settings_of(config, name) + " ".join(words))
         stamp = stamp_of(config, name)
         found = files.read_json(stamp) if stamp.exists() else {}
         if found.get("key") != key:

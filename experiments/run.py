@@ -3,7 +3,7 @@
     python -m experiments.run --config=experiments/configs/common_sense.py:ARC-c --workdir=runs/common_sense/ARC-c
 
 Every station is the command that it prints, with the same `--config.field=value`. Run again, collecting and training go on where
-they were, on the store that training was begun on. What the audit finds stops the run, unless `--despite_findings`. The result
+they were, and a store that is made of the same stays. What the audit finds stops the run, unless `--despite_findings`. The result
 is an adapter for each test task, `WORKDIR/generated/TASK`, and the ladder's report; the paper's experiments have no validation
 tasks, so theirs is without the rungs that choose on these.
 """
@@ -44,13 +44,17 @@ def check(config: ml_collections.ConfigDict) -> None:
     train.check_settings(config)
     for place, kind in config.evaluate.unrelated:
         try:
-            read_rows(place)
             kinds.check(kind)
+            kinds.check_rows(kind, read_rows(place), place)
         except InputError as error:
             raise InputError(f"config.evaluate.unrelated: {error}") from error
-    for task in read_tasks(config.tasks):
-        if task.split == "test" and task.test:
-            kinds.check_rows(config.evaluate.scoring, read_rows(task.test), str(task.test))
+    asked = [task for task in read_tasks(config.tasks) if task.split != "train"]
+    if not any(task.split == "test" for task in asked):
+        raise InputError(f"{config.tasks}: no task has the split 'test', on which the rungs are compared")
+    for task in asked:
+        if task.test is None:
+            raise InputError(f"{config.tasks}: {task.name} names no 'test' file, on which the rungs are compared")
+        kinds.check_rows(config.evaluate.scoring, read_rows(task.test), str(task.test))
 
 
 def run(command: Sequence[str]) -> int:
@@ -74,9 +78,6 @@ def main(args: Any) -> None:
     if run(["data_pipeline.datasets", "audit", *with_config]) and not args.despite_findings:
         raise InputError(f"{with_config[0]}: see the audit's findings above; --despite_findings goes on all the same")
     for command in planned:
-        if command[0] == "data_pipeline.export" and workdirs.is_begun_on(workdir, args.config.export.store):
-            print(f"export: {args.config.export.store} is the store that {workdir} was begun on", flush=True)
-            continue  # made anew on another kind of machine it may be another by a rounding
         if status := run(command):
             raise InputError(f"python -m {command[0]} ended with status {status}; the same command goes on from there")
         if command[0] == "dnd_jax.train":

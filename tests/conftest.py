@@ -21,8 +21,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # they run so brie
 import numpy as np
 import pytest
 import safetensors.numpy
+import warm
 
 ROOT = pathlib.Path(__file__).parent.parent
+ENV = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 
 
 @functools.cache
@@ -49,10 +51,16 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFileAndWorld(config, log)
 
 
+@functools.cache
+def server():
+    return warm.Server({**os.environ, **ENV})
+
+
 def run_module(*command, cwd=ROOT, check=True, env=None):
-    """Run `python -m ...` as a user does; return the finished process."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **(env or {})}
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+    """Run `python -m ...` as a user does; return the finished process. Libraries are imported before, unless `env` is given."""
+    words = [*map(str, command)]
+    done = server().run(words, cwd) if env is None else subprocess.run(
+        [sys.executable, "-m", *words], cwd=cwd, env={**os.environ, **ENV, **env}, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -1,5 +1,6 @@
 """The demo: what has not changed is not done again, and its numbers are the ones that the README claims."""
 
+import itertools
 import json
 
 import pytest
@@ -18,13 +19,18 @@ def project(tmp_path):
 
 
 def test_a_gauges_folders_are_beside_those_of_the_demo():
-    """But for the world, which is one, and which another gauge's config doesn't make anew."""
-    plain, other = demo.stations(""), demo.stations("gauge=align")
-    assert plain["tenants"] == other["tenants"]
-    for name in ("collect", "export", "train", "generate", "evaluate"):
-        assert not set(plain[name][1]) & set(other[name][1])
-        assert demo.stamp_of(tenants.get_config(""), name) != demo.stamp_of(tenants.get_config("gauge=align"), name)
-    assert demo.stamp_of(tenants.get_config(""), "tenants") == demo.stamp_of(tenants.get_config("gauge=align"), "tenants")
+    """But for what they share, the world and, of gauges, the runs: that has the same stamp and key then."""
+    args = ("", "gauge=align", "gauge=canonical")
+    configs, stations = [tenants.get_config(arg) for arg in args], [demo.stations(arg) for arg in args]
+    shared = {"tenants": {(0, 1), (0, 2), (1, 2)}, "collect": {(1, 2)}}
+    for name in stations[0]:
+        for i, j in itertools.combinations(range(3), 2):
+            same = (i, j) in shared.get(name, ())
+            assert (set(stations[i][name][1]) == set(stations[j][name][1])) == same
+            assert (demo.stamp_of(configs[i], name) == demo.stamp_of(configs[j], name)) == same
+            assert (demo.settings_of(configs[i], name) == demo.settings_of(configs[j], name)) == same
+            if not same:
+                assert not set(stations[i][name][1]) & set(stations[j][name][1])
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 from conftest import ROOT, run_module
 
-from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs, tasks, tokens, workdirs
+from data_pipeline import export
+from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs, tokens, workdirs
 from dnd_jax.encoders import SentenceEncoder
 from experiments import run
 from experiments.configs import common_sense, tenants
@@ -194,9 +195,9 @@ def ran(root, smoke):
 def test_one_command_runs_all_stations_and_repeats_no_work(ran, root):
     said, changed = ran
     assert "all 11 runs are there" in said and [line.split()[3] for line in said.splitlines() if line.startswith("== ")] == [
-        "data_pipeline.datasets", "data_pipeline.collect", "dnd_jax.train", "dnd_jax.generate", "dnd_jax.generate",
-        "dnd_jax.evaluate"]
-    assert "store is the store that build/tenants-smoke/run was begun on" in said
+        "data_pipeline.datasets", "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", "dnd_jax.generate",
+        "dnd_jax.generate", "dnd_jax.evaluate"]
+    assert "build/tenants-smoke/store: is there, made of the same" in said
     assert {name for name in changed if not name.startswith(("run/generated/", "run/report."))} <= {
         "run/metrics.jsonl", "run/.lock"}
     for task in pairs.open_store(root / "store").split("test"):
@@ -239,6 +240,16 @@ def test_rows_that_cannot_be_scored_are_refused_first(tmp_path):
     config.evaluate.unrelated, config.evaluate.scoring = (), "code"
     with pytest.raises(adapters.InputError, match=r"tests\.json: row 0: the response is to be tests in Python"):
         run.check(config)
+    config.evaluate.unrelated = ((str(tmp_path / "tests.json"), "code"),)
+    with pytest.raises(adapters.InputError, match=r"unrelated: .*tests\.json: row 0: the response is to be tests in Python"):
+        run.check(config)
+    config.evaluate.unrelated, config.tasks.f.split = (), "validation"
+    with pytest.raises(adapters.InputError, match="no task has the split 'test'"):
+        run.check(config)
+    config.tasks.g = {"split": "test", "train": str(tmp_path / "tests.json")}
+    config.evaluate.scoring = "exact"
+    with pytest.raises(adapters.InputError, match="g names no 'test' file"):
+        run.check(config)
 
 
 def test_a_terminated_training_ends_all_stations(root, smoke, monkeypatch):
@@ -256,7 +267,7 @@ def test_a_terminated_training_ends_all_stations(root, smoke, monkeypatch):
 
 
 @pytest.mark.parametrize("change,message", [
-    ("adapters", r"run: it was trained on adapters of sha256 .*store says"),
+    ("adapters", r"run: it was trained on adapters of \w+ with sha256 another, .*store says"),
     ("decoder", r"run: it was trained on \['another', .*/store says \["),
     ("encoder", "run: its encoder is .*'length': 15.*store says"),
     ("layout", "run: its layout is"), ("split", "config.tasks: the split of .* is train, .*store says test"),
@@ -272,7 +283,7 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
     if change == "decoder":
         about["embeddings"] = {"another": [0.0]} | about["embeddings"]
     elif change == "adapters":
-        about["tokens_sha256"] = dict.fromkeys(about["tokens_sha256"], "0")
+        about["runs_sha256"] = dict.fromkeys(about["runs_sha256"], "another")
     elif change == "encoder":
         about["encoder"] = about["encoder"] | {"length": 15}
     elif change == "layout":
@@ -286,18 +297,49 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
         rungs.check_belonging(config, store, about, "run", listed)
 
 
-def test_runs_that_the_store_was_not_made_of_are_not_evaluated(root):
+def test_runs_that_the_store_was_not_made_of_are_not_evaluated(root, tmp_path):
     store = pairs.open_store(root / "store")
-    one, other = (root / "adapters" / task.name for task in store.split("test")[:2])
-    trees = {path: adapters.read(tasks.step_folders(path)[-1])[0] for path in (one, other, root / "adapters" / "multi_task")}
-    for path, tree in trees.items():
-        rungs.check_exported(tree, path, path.name, store)
-    fewer = {"model": {"layers": {"0": trees[one]["model"]["layers"]["0"]}}}
-    for tree in (trees[other], fewer):
-        with pytest.raises(adapters.InputError, match=f"{one}: its last adapter is not the one that {store.folder} was made of"):
-            rungs.check_exported(tree, one, one.name, store)
-    store.manifest["gauge"] = "align"  # which the store then has in another form
-    rungs.check_exported(trees[other], one, one.name, store)
+    one, other = (task.name for task in store.split("test")[:2])
+    for name in (one, other, "multi_task"):
+        rungs.check_exported(root / "adapters" / name, name, store)
+    with pytest.raises(adapters.InputError, match=rf"{one}: its adapters have sha256 .*, those that {store.folder} was made of"):
+        rungs.check_exported(root / "adapters" / one, other, store)
+    shutil.copytree(root / "adapters" / one, tmp_path / one)
+    path = tmp_path / one / "run.json"
+    path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1'))
+    checksums.write(tmp_path / one)
+    rungs.check_exported(tmp_path / one, one, store)  # how long it took is no part of it
+    (tmp_path / one / checksums.NAME).unlink()  # of an older one it isn't known
+    rungs.check_exported(tmp_path / one, other, store)
+
+
+def test_a_store_is_made_anew_only_of_others(root, smoke, tmp_path, monkeypatch, capsys):
+    """So that it stays the one that a run was begun on, on whatever machine the command is given again."""
+    shutil.copytree(smoke / "build", tmp_path / "build")
+    monkeypatch.chdir(tmp_path)
+    config, place = tenants.get_config("smoke").unlock(), tmp_path / "build" / "tenants-smoke"
+
+    def made():
+        before = (place / "store" / "manifest.json").stat().st_mtime_ns
+        export.export(config)
+        anew = (place / "store" / "manifest.json").stat().st_mtime_ns != before
+        assert ("is there, made of the same" in capsys.readouterr().out) != anew
+        return anew
+
+    assert not made()
+    config.condition.form = "answer"
+    assert made() and not made()
+    path = place / "store" / "tasks" / pairs.open_store(place / "store").tasks[0].name / "condition.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert made() and not made()
+    listed = json.loads((place / "tasks.json").read_text())
+    name = next(name for name, entry in listed.items() if entry["split"] == "validation")
+    (place / "tasks.json").write_text(json.dumps({k: v for k, v in listed.items() if k != name}))
+    assert made() and name not in pairs.open_store(place / "store").manifest["tasks"]
+    path = next((place / "adapters" / pairs.open_store(place / "store").tasks[0].name).glob("step_*/*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(adapters.InputError, match=path.name):
+        export.export(config)
 
 
 @pytest.mark.parametrize("field,value,expected", [

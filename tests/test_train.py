@@ -254,7 +254,7 @@ def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
     free = {"log_every": 3, "keep_last": 5, "keep_every": 10, "on_failed_save": "continue", "tensorboard": True, "prefetch": 1,
             "accumulate": 2, "remat": True}
     config = tiny_config(store, **free).unlock()
-    config.evaluate.scoring = "choice"
+    config.evaluate.scoring, config.collect.multi_task_steps = "choice", 5
     workdirs.claim(config, tmp_path / "run")
 
 

@@ -47,8 +47,7 @@ def run(config: ml_collections.ConfigDict, variant: str) -> None:
         print(f"{variant}: has its report")
         return
     print(f"== {variant}", flush=True)
-    if not workdirs.is_begun_on(workdir, changed.export.store):
-        export.export(changed)
+    export.export(changed)
     train.run(changed, workdir)
     workdirs.check_trained(changed, workdir)
     evaluate.climb(changed, workdir)

@@ -306,7 +306,9 @@ def main(args: Any) -> None:
     if args.rows:
         return _measure_here(args)
     if accelerator.in_own_process(accelerator.backend).get("backend", "cpu") != "cpu":  # who asks, holds it
-        return accelerator.measure_all([name for name in accelerator.CONFIGS if name in args.only], args.json)
+        if not (sizes := [name for name in accelerator.CONFIGS if name in args.only]):
+            raise InputError(f"--only={args.only}: none of {list(accelerator.CONFIGS)}, which an accelerator is measured by")
+        return accelerator.measure_all(sizes, args.json)
     if not _cases(args):
         raise InputError(f"--only={args.only} --taps={args.taps} --batch={args.batch}: none of the rows; batches are 1 and 16, "
                          f"k11 has k = 11 and batch 1 only")
