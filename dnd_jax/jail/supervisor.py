@@ -123,7 +123,7 @@ def _become_child(request: dict, folder: str, secret: bytes, writing: int) -> No
         report("refused", f"{type(error).__name__}: {error}")
         os._exit(code)
     try:
-        module = sys.modules["generated"] = types.ModuleType("generated")  # not the main one, what only that does isn't tested
+        module = sys.modules["generated"] = types.ModuleType("generated")  # not the main one: what that does is no part of a test
         exec(compile(request["program"], "<generated>", "exec"), module.__dict__)
         code = 0
         report("passed", "")
