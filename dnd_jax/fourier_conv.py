@@ -35,7 +35,8 @@ from dnd_jax.fourier_plan import Plan, make_plan
 from dnd_jax.types import Block
 
 Kernel = Float[Array, "k k I O"]
-FEW = 100  # rows of X up to which it pays to transpose it for the kernel's gradient: XLA's products on CPU do that slowly
+FEW = 100  # rows of X up to which it pays to transpose it for the kernel's gradient: XLA's products on CPU do that slowly, or, of
+# bfloat16 (jax 0.10.2), not at all
 
 
 @jax.tree_util.register_dataclass
@@ -173,7 +174,7 @@ def _backward(plan: Plan, channels: int, saved: tuple[jax.Array, Kernel], g: jax
     zero = _late_zero(x)
     spectrum, input_transposed = jax.vjp(lambda x: _input(x, plan, channels), x)
     turned = spectrum.swapaxes(1, 2)
-    if spectrum.shape[1] <= FEW:
+    if spectrum.shape[1] <= FEW or (spectrum.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"):
         turned = jax.lax.optimization_barrier(turned)
 
     def part(d_spectrum: jax.Array, of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
