@@ -63,7 +63,8 @@ def convolve(x: Block, kernel: Kernel | Spectrum, axes: tuple[int, int, int], me
         that the devices don't divide is replicated.
 
     Returns:
-      Block with the axes of x, of x's dtype; products of bfloat16 are summed in float32 and the transforms are float32.
+      Block with the axes of x, of x's dtype; products of bfloat16 are summed in float32 and the transforms are float32, but on
+      GPUs (TF32) and TPUs (bfloat16) as exact as JAX's default matmul precision is.
     """
     if mesh is None or mesh.size == 1:
         return _convolve(x, kernel, axes)
