@@ -18,7 +18,7 @@ import pathlib
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -85,7 +85,7 @@ def initial_seed(config: ml_collections.ConfigDict, run: Run) -> int:
 
 
 def agrees(key: str, known: Any, value: Any) -> bool:
-    """Return whether a run's record says of a part of its identity what that is now; files may have other names by now."""
+    """Return whether one entry of a run's recorded identity is what it is now; data files are compared by hash, not by name."""
     if isinstance(known, dict):
         if key == "base":
             return base_models.is_same(known, value)
@@ -168,15 +168,26 @@ def main(args: Any) -> None:
         return
     bar = functools.partial(tqdm, desc="collect", initial=len(runs) - len(todo), total=len(runs))
     if together > 1:
-        accelerator = fine_tuning.launched()
-        for run in bar(todo, disable=not accelerator.is_main_process):
-            collect_one(config, run, accelerator)
-        accelerator.end_training()
-        return
-    for source in {repr(source): source for run in todo for source in run.sources}.values():
+        _collect_launched(config, todo, bar)
+    else:
+        _collect_in_pool(config, todo, bar, args.jobs)
+
+
+def _collect_launched(config: ml_collections.FrozenConfigDict, todo: Sequence[Run], bar: Callable[..., Any]) -> None:
+    """Collect one run after the other, each by all processes that `accelerate launch` has started."""
+    accelerator = fine_tuning.launched()
+    for run in bar(todo, disable=not accelerator.is_main_process):
+        collect_one(config, run, accelerator)
+    accelerator.end_training()
+
+
+def _collect_in_pool(config: ml_collections.FrozenConfigDict, todo: Sequence[Run], bar: Callable[..., Any],
+                     jobs: int | None) -> None:
+    """Collect `jobs` runs at once, each in a process of its own; what fails is raised when the others are done."""
+    for source in {source.key: source for run in todo for source in run.sources}.values():
         prompts.read_rows(source)  # what is malformed is to be said before hours of training
     context = multiprocessing.get_context("spawn")
-    jobs = args.jobs or fine_tuning.gpus() or max(1, joblib.cpu_count() // 2)
+    jobs = jobs or fine_tuning.gpus() or max(1, joblib.cpu_count() // 2)
     threads = max(1, joblib.cpu_count() // jobs)
     failures: dict[str, BaseException] = {}
     with futures.ProcessPoolExecutor(jobs, context, _start_worker, (threads, context.Value("i", 0))) as pool:

@@ -46,15 +46,10 @@ def read_run(run: pathlib.Path, change: Callable[[Tree], Tree], reference: Spec,
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raise InputError at a form of conditions or a gauge that doesn't exist."""
-    check_form(config.condition)
+    if config.condition.form not in FORMS:
+        raise InputError(f"config.condition.form is {config.condition.form!r}, expected one of {FORMS}")
     if config.export.gauge not in GAUGES:
         raise InputError(f"config.export.gauge is {config.export.gauge!r}, expected one of {GAUGES}")
-
-
-def check_form(settings: ml_collections.ConfigDict) -> None:
-    """Raise InputError at a form of conditions that doesn't exist."""
-    if settings.form not in FORMS:
-        raise InputError(f"config.condition.form is {settings.form!r}, expected one of {FORMS}")
 
 
 def make_gauge(name: str, reference: Tree, spec: Spec) -> Callable[[Tree], Tree]:
@@ -72,7 +67,6 @@ def condition_texts(rows: Sequence[Row], settings: ml_collections.ConfigDict) ->
     `prompt`; `prompt+answer`; `answer`; or `mix`, in which a fifth of the prompts has its answer: by one draw for all samples,
     which is our reading of the paper.
     """
-    check_form(settings)
     rows = rows[: settings.pool] if settings.pool else rows
     with_answer = np.random.default_rng(0).random(len(rows)) < {"prompt+answer": 1.0, "mix": 0.2}.get(settings.form, 0.0)
     if settings.form == "answer":
@@ -156,7 +150,7 @@ def identity(config: ml_collections.ConfigDict, tasks: Sequence[Task], base: dic
 
 def _is_made_of(store: str, made_of: str | None) -> bool:
     try:
-        return made_of is not None and pairs.open_store(store).manifest.get("made_of") == made_of
+        return made_of is not None and pairs.open_store(store).manifest["made_of"] == made_of
     except InputError:  # none is there, or a damaged one
         return False
 

@@ -24,7 +24,7 @@ IGNORED = -100  # the label of what isn't learned
 
 
 class Example(NamedTuple):
-    """Ids and labels of a row, as many as each other, and its images, with what reads them."""
+    """Token ids and labels of a row, equally many, its images, and what loads them."""
 
     ids: list[int]
     labels: list[int]

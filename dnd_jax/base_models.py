@@ -49,7 +49,7 @@ def identity(base: str) -> dict[str, str]:
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))  # as transformers chooses
         return {"name": base, "sha256": files.sha256_text(
             files.sha256_files(weights) + files.sha256_files(folder.glob("config.json")))}
-    return {"name": base, "sha256": str(hub_commit(base))}
+    return {"name": base, "sha256": hub_commit(base) or UNKNOWN}
 
 
 def is_same(base: Mapping[str, str], other: Mapping[str, str]) -> bool:

@@ -67,7 +67,7 @@ class Ridge:
     """
 
     def __init__(self, embeddings: Float[np.ndarray, "S C"], adapters: Sequence[Flat], penalty: float):
-        """Fit as many samples in a row to each adapter, S in all; the penalty is relative to their number."""
+        """Fit S samples, equally many of each adapter and in the adapters' order; the penalty is multiplied by S."""
         self._adapters, self._mean, self._scale = adapters, embeddings.mean(0), embeddings.std(0) + 1e-6
         x = ((embeddings - self._mean) / self._scale).astype(np.float64)
         self._dual = np.linalg.solve(x @ x.T + penalty * len(x) * np.eye(len(x)), x)

@@ -56,9 +56,9 @@ class Checkpointer:
 
         Raises:
           InputError: a sound checkpoint with parameters of other names or shapes.
-          OSError: a checkpoint that can't be read or loaded, although its bytes are those written, for want of memory or as
-            it holds another state, or one without hashes that some processes can read and some can't, whose views of a shared
-            file system may differ for a while. Nothing is set aside then. Of several processes the others end too.
+          OSError: the newest checkpoint is sound but can't be loaded (for want of memory, or it holds another state), or it has
+            no hashes and only some processes can read it (a shared file system that lags). Nothing is set aside then. Of
+            several processes the others end too.
         """
         while (path := self._newest()) and not distributed.agreed((path / checksums.NAME).exists()):
             fault = _fault_in_loading(path)
@@ -287,17 +287,14 @@ def _first_sound(folder: files.PathLike, paths: Sequence[pathlib.Path]) -> tuple
     raise InputError(f"{folder}: {found}, run dnd_jax.train first")
 
 
-def check_shapes(source: files.PathLike, found: Params, wanted: Params) -> None:
-    """Check that parameters (or what has their shapes) have the names and shapes of a decoder's.
-
-    Raises:
-      InputError: one that hasn't, as in checkpoints written by another version of this package.
-    """
+def check_shapes(source: files.PathLike, found: Params, wanted: Params,
+                 advice: str = "use the version of dnd_jax that wrote it, or another workdir") -> None:
+    """Raise InputError unless parameters (or what has their shapes) have the names and shapes of a decoder's."""
     have, want = ({"/".join(key): tuple(leaf.shape) for key, leaf in flatten_dict(tree).items()} for tree in (found, wanted))
     for key in sorted(have | want):
         if have.get(key) != want.get(key):
             raise InputError(f"{source}: {key} has shape {have.get(key, 'none')} there, {want.get(key, 'none')} in this decoder; "
-                             "use the version of dnd_jax that wrote it, or another workdir")
+                             f"{advice}")
 
 
 def _metadata(path: pathlib.Path) -> Any:

@@ -5,12 +5,14 @@ the next (O, M, D), so `features = ((N, L, C), ..., (T, H, W))` is the whole arc
 first shortens L. Source: Liang et al., arXiv 2506.16406, section 3.4 and its public implementation.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dnd_jax import fourier_conv
@@ -60,7 +62,7 @@ class HyperConvDecoder(nn.Module):
         """Multiplications and additions of one adapter's convolutions and projection; zero padding counts."""
         k, (n, l, c) = self.kernel_size, self.features[0]
         total = 2 * n * c * l * (self.length + l) if self.length else 0
-        for (n, l, c), (o, m, d) in zip(self.features, self.features[1:], strict=False):
+        for (n, l, c), (o, m, d) in itertools.pairwise(self.features):
             total += 2 * k * k * (n * l * c * d + n * d * l * m + n * c * l * m + n * m * c * d + m * d * n * o)
         return total
 
@@ -73,13 +75,20 @@ class HyperConvDecoder(nn.Module):
         if self.length is not None:
             x = Shorten(self.features[0][1], self.dtype, name="shorten")(x)
         layer = nn.remat(HyperConvLayer) if self.remat else HyperConvLayer
-        steps = list(zip(self.features, self.features[1:], strict=False))
-        for i, (source, target) in enumerate(steps):
-            # A later norm takes a constant per prompt off again, wherever it is not the residual that carries it to the end.
-            counts = all(s == t for s, t in steps[i + 1:])
-            y = layer(source, target, self.kernel_size, self.dtype, counts, self.mesh, name=f"layers_{i}")(x)
+        shapes = list(itertools.pairwise(self.features))
+        for i, (source, target) in enumerate(shapes):
+            # A later layer's norm takes a constant per prompt off again, unless only residual layers follow.
+            train_out_bias = all(s == t for s, t in shapes[i + 1:])
+            y = layer(source, target, self.kernel_size, self.dtype, train_out_bias, self.mesh, name=f"layers_{i}")(x)
             x = x + y if source == target else y
         return x
+
+
+def decoder_of(config: ml_collections.ConfigDict, length: int, width: int, tokens: tuple[int, int, int]) -> HyperConvDecoder:
+    """Return the decoder from conditions (N, L, C), shortened to `config.decoder.shortened` positions if that is set."""
+    shortened = config.decoder.shortened
+    features = ((config.condition.prompts, shortened or length, width), *map(tuple, config.decoder.blocks), tokens)
+    return HyperConvDecoder(features, config.decoder.kernel_size, length if shortened else None)
 
 
 class Shorten(nn.Module):
@@ -110,7 +119,7 @@ class HyperConvLayer(nn.Module):
         height = tanh(conv_CD[MxN](conv_LM[NxC](norm(x))))
         y      = conv_NO[MxD]((width + height + bias) / 3) + out_bias
 
-    Kernels are stored `[k, k, in, out]`, as Flax has them. Unless `bias_counts`, no output depends on `out_bias`
+    Kernels are stored `[k, k, in, out]`, as Flax has them. Unless `train_out_bias`, no output depends on `out_bias`
     and its gradient is exactly zero: rounding would make it noise, which Adam turns into steps of full size.
     """
 
@@ -118,7 +127,7 @@ class HyperConvLayer(nn.Module):
     target: Shape3
     kernel_size: int
     dtype: jnp.dtype = jnp.float32
-    bias_counts: bool = True
+    train_out_bias: bool = True
     mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
@@ -132,7 +141,7 @@ class HyperConvLayer(nn.Module):
         bias = self.param("bias", _uniform(1.0 / (m * d)), (m, d))
         y = (width + height + bias.astype(self.dtype)) / 3
         out_bias = self.param("out_bias", _uniform((n * self.kernel_size**2) ** -0.5), (o,))
-        out_bias = out_bias if self.bias_counts else jax.lax.stop_gradient(out_bias)
+        out_bias = out_bias if self.train_out_bias else jax.lax.stop_gradient(out_bias)
         y = self._conv(y, "out_conv", o, "BNMD,MD->BOMD")
         return y + out_bias.astype(self.dtype)[:, None, None]
 

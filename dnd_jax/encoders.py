@@ -68,7 +68,7 @@ def identity(settings: Mapping[str, Any]) -> str | None:
 def of_decoder(about: Mapping[str, Any]) -> Encoder:
     """Make the encoder of the conditions that a decoder was trained on, from what its checkpoint says.
 
-    Another commit on the hub, which may be one of the repository's words only, is said on standard output.
+    Prints a warning if the hub has another commit now, which may have changed the repository's README only.
 
     Raises:
       InputError: its files are others by now, or its width.
@@ -83,7 +83,7 @@ def of_decoder(about: Mapping[str, Any]) -> Encoder:
 
 def check_same(about: Mapping[str, Any]) -> None:
     """Raise InputError if the files of a decoder's encoder have changed since; another commit on the hub is only said."""
-    name, known, found = about["encoder"]["name"], about.get("encoder_sha256"), identity(about["encoder"])
+    name, known, found = about["encoder"]["name"], about["encoder_sha256"], identity(about["encoder"])
     if None in (known, found) or found == known:
         return
     if not str(found).startswith("commit "):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dnd_jax import baselines, cli, files, harm, logs, pairs, report, score
 from dnd_jax.adapters.profiles import beyond_lora
 from dnd_jax.audit import audit
-from dnd_jax.rungs import Adapter, Evaluation, adapter_rungs, generated
+from dnd_jax.rungs import DRAWN, Adapter, Evaluation, adapter_rungs, generated
 from dnd_jax.scoring import kinds
 from dnd_jax.scoring.kinds import Scores
 from dnd_jax.sources import Row
@@ -54,11 +54,11 @@ def ask_all(ev: Evaluation) -> tuple[dict[str, list[list[Scores]]], dict[str, st
     if more := beyond_lora(ev.store.spec):
         print(f"mean_product is left out: the adapters have {', '.join(more)}")
     else:
-        ev.use(baselines.mean_product(ev.known, ev.store.spec))
+        ev.use(baselines.mean_product(ev.train_adapters, ev.store.spec))
         scores["mean_product"] = [[ev.score_task(task)] for task in ev.test]
     rungs = adapter_rungs(ev)
     for name, (make, _) in tqdm(rungs.items(), desc="rungs"):
-        draws = ev.e.draws if name in report.DRAWN else 1
+        draws = ev.e.draws if name in DRAWN else 1
         scores[name] = [[ev.score_adapter(make(task, d), task) for d in range(draws)] for task in ev.test]
     return scores, {name: note for name, (_, note) in rungs.items() if note}
 
@@ -68,7 +68,7 @@ def harms(ev: Evaluation) -> dict[str, Any]:
     def ask(kind: str, rows: Sequence[Row], adapter: Adapter | None) -> Scores:
         if adapter is not None:
             ev.use(adapter)
-        return ev.score_rows(kind, rows, known={row.response for row in rows}, adapter=adapter is not None)
+        return ev.score_rows(kind, rows, valid={row.response for row in rows}, adapter=adapter is not None)
 
     made = {"dnd": [generated(ev)(task, 0) for task in ev.test], "in_task": [ev.collected[task.name] for task in ev.test]}
     return harm.measure(ev.unrelated, made, ask)
@@ -136,7 +136,7 @@ def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path, despite_find
     if found["findings"] and not despite_findings:
         raise InputError(f"{config.tasks}: {'; '.join(found['findings'])}")
     result = report.summarise(*ask_all(ev), [task.name for task in ev.test])
-    result |= {"form": ev.store.manifest.get("form", "prompt"), "harm": harms(ev), "cost": cost(ev, workdir), "audit": found,
+    result |= {"form": ev.store.manifest["form"], "harm": harms(ev), "cost": cost(ev, workdir), "audit": found,
                "checkpoint": ev.generator.step}
     print(report.table(result), flush=True)
     report.write(result, workdir)

@@ -90,8 +90,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_lines(path: PathLike) -> list[str]:
-    """Read the lines of a text, which end in line feeds, carriage returns or both, and nothing else that Unicode knows; raise
-    InputError if it can't."""
+    """Return a text file's lines, which only \\n, \\r and \\r\\n end, unlike in `str.splitlines`.
+
+    Raises:
+      InputError: it can't be read.
+    """
     try:
         return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -16,7 +16,7 @@ from dnd_jax.fourier_plan import Axis, Plan
 def cutter(axis: Axis, tiles_last: bool = False) -> Callable[[jax.Array], jax.Array]:
     """Return what cuts rows of an axis into tiles, `[_, S, _]` to `[_, t n, _]` or `[_, n t, _]`, zeros beyond its ends.
 
-    The gradient takes rows, too, where JAX would scatter.
+    Its gradient takes rows, too; JAX's own would be a scatter.
     """
     low = axis.low if axis.tiles > 1 else 0
     places = np.arange(axis.tiles)[:, None] * axis.step + np.arange(axis.rows) - low

@@ -1,27 +1,33 @@
 """Which form a plane convolution takes: a cost model of its shapes.
 
 The constants are nanoseconds and rates of one core of an AVX2 machine; only their ratios matter, and they hold roughly
-elsewhere too. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25), TINY, SLOWDOWN and TILE_BYTES
+elsewhere too. They come from trials of single convolutions (`experiments/LOG.md`, 2026-11-25), TINY, SLOWDOWN and TILE_BANDWIDTH
 from later ones (2026-11-27).
 """
 
 import dataclasses
 import functools
 
-FLOPS, DIRECT_FLOPS = 55.0, 25.0  # products and XLA's direct convolution with both gradients, GFLOP/s
-HALF_DIRECT = 1000  # channels in times channels out at which the direct one runs at half of that
-HALF_SPEED = 12  # rows of a product at which it runs at half of that
+FLOPS, DIRECT_FLOPS = 55.0, 25.0  # GFLOP/s of a matrix product; of XLA's direct convolution with both gradients
+HALF_DIRECT = 1000  # channels in times channels out at which the direct convolution reaches half of DIRECT_FLOPS
+HALF_SPEED = 12  # rows at which a matrix product reaches half of FLOPS
 TINY, SLOWDOWN = 8, 20  # a product with all three sizes below that takes about so many times as long: XLA has other code for it
 OVERHEAD = 200_000.0  # of the many small steps of the Fourier form, ns
-BYTES = 8.0  # of kernels and their spectra to and from memory, GB/s
-TILE_BYTES = 2.1  # of tiles and theirs, which are cut and transposed on the way
+BANDWIDTH = 8.0  # GB/s of kernels and their spectra to and from memory
+TILE_BANDWIDTH = 2.1  # GB/s of tiles and their spectra, which are cut and transposed on the way
 MEMORY = 1 << 30  # bytes of a kernel's spectrum at once
-CACHE = 8 << 20  # bytes of a kernel's transform, half-way and all the way, that stay in a cache until they are used
+CACHE = 8 << 20  # bytes of a kernel's transform, after one axis and after both, that stay in a cache until they are used
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One axis of the plane: `tiles` transforms of `length`, `step` outputs of each, zeros `low` and `high` of it that matter."""
+    """One axis of the plane, cut into overlapping tiles.
+
+    Attributes:
+      size: positions of the axis.
+      low: zeros before the first position that some output reads; `high` after the last.
+      tiles: number of tiles, each transformed at `length` points, which give `step` outputs.
+    """
 
     size: int
     low: int
@@ -36,7 +42,7 @@ class Axis:
 
     @property
     def rows(self) -> int:
-        """Of a tile, less the zeros of the only one."""
+        """Input rows of a tile; a single tile holds the `size` rows only, without zeros."""
         return self.length if self.tiles > 1 else self.size
 
 
@@ -116,7 +122,7 @@ def _kernel_cost(plan: Plan) -> float:
     a, b = plan.first, plan.second
     half = 2 * plan.half * b.taps
     numbers = a.taps * b.taps * (3 if plan.swapped else 1) + 3 * half + plan.spectrum  # swapped axes are read and written before
-    return 2 * (half * a.taps + plan.spectrum * 2 * b.taps) / FLOPS + 4 * numbers / BYTES
+    return 2 * (half * a.taps + plan.spectrum * 2 * b.taps) / FLOPS + 4 * numbers / BANDWIDTH
 
 
 def _input_cost(plan: Plan) -> float:
@@ -124,7 +130,7 @@ def _input_cost(plan: Plan) -> float:
     a, b = plan.first, plan.second
     half, spectra = 2 * plan.half * a.tiles * b.size, plan.spectrum * a.tiles * b.tiles
     numbers = a.tiles * a.rows * b.size + half + 2 * plan.half * a.tiles * b.tiles * b.rows + spectra
-    return 2 * (half * a.rows + spectra * 2 * b.rows) / FLOPS + 4 * numbers / TILE_BYTES
+    return 2 * (half * a.rows + spectra * 2 * b.rows) / FLOPS + 4 * numbers / TILE_BANDWIDTH
 
 
 def _output_cost(plan: Plan) -> float:
@@ -133,7 +139,7 @@ def _output_cost(plan: Plan) -> float:
     a, b = plan.first, plan.second
     half, spectra = 2 * plan.half * a.tiles * b.tiles * b.step, plan.parts * plan.spectrum * a.tiles * b.tiles
     numbers = spectra + (1 + plan.parts) * half + a.size * b.size
-    return 2 * (spectra * 2 * b.step + half * a.step) / FLOPS + 4 * numbers / TILE_BYTES
+    return 2 * (spectra * 2 * b.step + half * a.step) / FLOPS + 4 * numbers / TILE_BANDWIDTH
 
 
 def _divide(plan: Plan, channels: int, out: int) -> Plan:

@@ -78,8 +78,8 @@ def carried_of(workdir: files.PathLike, about: dict[str, Any]) -> dict[str, np.n
     """
     if not about["carried"]:
         return None
-    path, expected = pathlib.Path(workdir) / pairs.CARRIED, about.get("carried_sha256")
-    if expected and path.exists() and (found := files.sha256_file(path)) != expected:
+    path, expected = pathlib.Path(workdir) / pairs.CARRIED, about["carried_sha256"]
+    if path.exists() and (found := files.sha256_file(path)) != expected:
         raise InputError(f"{path}: sha256 is {found[:12]}..., the checkpoint says {expected[:12]}...")
     with TensorFile(path) as file:
         return file.read()
@@ -94,7 +94,7 @@ def describe_carried(about: dict[str, Any]) -> str:
 
 def describe_form(about: dict[str, Any]) -> str:
     """Return what is wrong with conditions of prompts alone, in words; empty if the decoder was trained on such."""
-    form = about.get("form", "prompt")
+    form = about["form"]
     return "" if form == "prompt" else (f"warning: the decoder was trained on conditions of form {form!r}, which hold responses; "
                                         "they are made of the given texts alone here")
 

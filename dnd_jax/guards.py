@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,9 +21,6 @@ def until_terminated() -> Iterator[Callable[[int], bool]]:
         yield multihost_utils.reached_preemption_sync_point
         return
     came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
         yield lambda step: bool(came)

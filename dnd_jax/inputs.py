@@ -23,8 +23,7 @@ def make_read(config: ml_collections.ConfigDict, tasks: Sequence[pairs.Task], me
     rows = sharding.local_rows(mesh, size)
 
     def read(step: int) -> list[jax.Array]:
-        condition, tokens, _ = pairs.batch(tasks, config.seed, step, rows, config.condition.prompts)
-        return sharding.put(mesh, size, condition, tokens)
+        return sharding.put(mesh, size, *pairs.batch(tasks, config.seed, step, rows, config.condition.prompts))
 
     return read
 

@@ -23,7 +23,7 @@ from dnd_jax.adapters import Spec
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError
 
-FORMAT = 2
+FORMAT = 3
 # Second number of a generator's seed, where it is no step. NumPy fills seeds up with zeros: (s, 1, i, 0) is sample i of step 1.
 VALIDATION, CONDITION, RANDOM_TEXT, RANDOM_ADAPTER = 1, 2, 3, 4
 CARRIED = "carried.safetensors"
@@ -33,7 +33,7 @@ NAMES = rf"{SEAL}|{CARRIED}|importance.npy|tasks"  # of what a store holds besid
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task of a store: `tokens` `[K, T, H, W]`, `condition` `[P, L, C]` and its P prompts."""
+    """One task of a store: `tokens` float32 `[K, T, H, W]` and `condition` float16 `[P, L, C]`, memory-mapped; its P prompts."""
 
     name: str
     split: str
@@ -118,18 +118,18 @@ def condition_of(task: Task, seed: int, draw: int, prompts: int) -> Float[np.nda
 
 
 def sample(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int
-           ) -> tuple[Float[np.ndarray, "N L C"], Float[np.ndarray, "T H W"], int]:
-    """Return sample `index` of the batch of a step: condition, tokens and the number of its task.
+           ) -> tuple[Float[np.ndarray, "N L C"], Float[np.ndarray, "T H W"]]:
+    """Return sample `index` of the batch of a step: condition and tokens.
 
     One task, one of its checkpoints and a fresh batch of its prompts, drawn from `(seed, step, index)` alone, so that
     any host makes any sample of any step.
     """
     number, checkpoint, chosen = draw(tasks, seed, step, index, prompts)
-    return tasks[number].condition[chosen], tasks[number].tokens[checkpoint], number
+    return tasks[number].condition[chosen], tasks[number].tokens[checkpoint]
 
 
 def batch(tasks: Sequence[Task], seed: int, step: int, rows: Sequence[int], prompts: int
-          ) -> tuple[Float[np.ndarray, "B N L C"], Float[np.ndarray, "B T H W"], list[int]]:
-    """Return samples `rows` of one step, stacked: conditions float16, tokens float32, task numbers."""
-    conditions, tokens, numbers = zip(*(sample(tasks, seed, step, i, prompts) for i in rows), strict=True)
-    return np.stack(conditions), np.stack(tokens), list(numbers)
+          ) -> tuple[Float[np.ndarray, "B N L C"], Float[np.ndarray, "B T H W"]]:
+    """Return samples `rows` of one step, stacked: conditions float16, tokens float32."""
+    conditions, tokens = zip(*(sample(tasks, seed, step, i, prompts) for i in rows), strict=True)
+    return np.stack(conditions), np.stack(tokens)

@@ -23,10 +23,10 @@ import safetensors.numpy
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dnd_jax import checkpoint_folders, checkpoints, cli, encoders, files, tokens, train, workdirs
+from dnd_jax import checkpoint_folders, checkpoints, cli, encoders, files, tokens, workdirs
 from dnd_jax.adapters.architecture import spec_of_model
 from dnd_jax.adapters.tensor_files import TensorFile
-from dnd_jax.decoder import param_shapes
+from dnd_jax.decoder import decoder_of, param_shapes
 from dnd_jax.types import InputError, Params
 
 NAMES = {
@@ -176,17 +176,13 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
     spec = spec_of_model(shapes, config.collect.rank, config.collect.target_modules)
     layout = tokens.plan(spec, config.export.chunk)
     width = config.model.condition_width if "model" in config else encoders.make(config.encoder).width
-    decoder = train.decoder_of(config, config.encoder.length, width, layout.shape)
+    decoder = decoder_of(config, config.encoder.length, width, layout.shape)
     params = params_from_torch(state)
-    expected, found = (flatten_dict(dict(tree), sep="/") for tree in (param_shapes(decoder), params))
-    for path in sorted(expected.keys() | found.keys()):
-        ours, theirs = (list(tree[path].shape) if path in tree else None for tree in (found, expected))
-        if ours != theirs:
-            raise InputError(f"state dict: {path} is {ours}, the config's decoder has {theirs}")
+    checkpoints.check_shapes("state dict", params, param_shapes(decoder), "use the config that it was trained with")
     about = {
         **decoder.to_json(), "config": cli.config_dict(config), "layout": layout.to_json(), "spec": spec.to_json(),
-        "encoder": config.encoder.to_dict(), "base": {"name": config.base, "sha256": "not recorded"},
-        "carried": {}, "averaged": [], "form": config.condition.form, "embeddings": {},
+        "encoder": config.encoder.to_dict(), "encoder_sha256": None, "base": {"name": config.base, "sha256": "not recorded"},
+        "carried": {}, "carried_sha256": None, "averaged": [], "form": config.condition.form, "runs_sha256": {}, "embeddings": {},
     }
     if checkpoint_folders.steps(workdir / "checkpoints"):
         raise InputError(f"{workdir}: holds checkpoints; import into another workdir")

@@ -10,13 +10,12 @@ import numpy as np
 
 from dnd_jax import files, harm, logs
 from dnd_jax.scoring.kinds import Scores
-from dnd_jax.statistics import Bootstrap
+from dnd_jax.statistics import nested_interval
 
 LABEL_FREE = ("base", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge", "random", "multi_task")
 ORDER = ("base", "in_context", *LABEL_FREE[1:], "dnd", "dnd_shuffled", "dnd_random_text", "in_task")
 WHY_LEFT_OUT = {"no validation tasks are there to choose on": ("best_single", "weighted_topk", "ridge"),
                 "the adapters are more than products": ("mean_product",)}
-DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")
 ABOUT_ZERO = 0.05  # an interval that includes zero and ends below this counts as about zero
 
 
@@ -39,11 +38,10 @@ def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[st
     """
     metric, *others = found["dnd"][0][0].metrics
     scores = {name: [np.mean([draw.main for draw in task], axis=0) for task in rung] for name, rung in found.items()}
-    bootstrap = Bootstrap([len(task) for task in scores["dnd"]])
     rungs: dict[str, Any] = {}
     differences: dict[str, Any] = {}
     for name in (name for name in ORDER if name in found):
-        mean, interval = bootstrap.interval(scores[name])
+        mean, interval = nested_interval(scores[name])
         strange = float(np.mean([[draw.unparsable.mean() for draw in task] for task in found[name]]))
         rungs[name] = {"mean": mean, "ci95": interval, "unparsable": strange,
                        "per_task": {t: float(s.mean()) for t, s in zip(tasks, scores[name], strict=True)}}
@@ -54,7 +52,7 @@ def summarise(found: Mapping[str, Sequence[Sequence[Scores]]], notes: Mapping[st
             rungs[name]["chosen"] = notes[name]
         if name != "dnd":
             gaps = [a - b for a, b in zip(scores["dnd"], scores[name], strict=True)]
-            mean, interval = bootstrap.interval(gaps)
+            mean, interval = nested_interval(gaps)
             signs = [np.sign(round(float(gap.mean()), 9)) for gap in gaps]
             differences[f"dnd-{name}"] = {"mean": mean, "ci95": interval, "won": signs.count(1), "lost": signs.count(-1)}
     best = max((name for name in LABEL_FREE if name in found), key=lambda name: float(rungs[name]["mean"]))

@@ -22,6 +22,7 @@ from dnd_jax.sources import Row
 from dnd_jax.tasks import MULTI_TASK, SPLITS, digest, read_tasks, step_folders
 from dnd_jax.types import InputError
 
+DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")  # what depends on the prompts drawn
 Adapter = tuple[Flat, Spec]
 MakeAdapter = Callable[[pairs.Task, int], Adapter]
 
@@ -43,7 +44,7 @@ class Evaluation:
             raise InputError(f"{config.export.store}: has no test task, on which the rungs are compared; give a task that split")
         self._check_rows({task.name: task.test or task.train for task in listed})
         self.collected = {name: self._read(name) for name in (*(task.name for task in (*self.train, *self.test)), MULTI_TASK)}
-        self.known = [self.collected[task.name][0] for task in self.train]
+        self.train_adapters = [self.collected[task.name][0] for task in self.train]
         self.embeddings = np.stack([embeddings.pool(task.condition) for task in self.train])
         self.model = scoring.Model(config.base, self.store.spec, self.e.batch_size, self.e.max_new_tokens)
 
@@ -65,8 +66,8 @@ class Evaluation:
         tree, spec = adapters.read(step_folders(folder)[-1])
         return flatten_dict(tree, sep="/"), spec
 
-    def made(self, flat: Flat) -> Adapter:
-        """Return an adapter that no run gave, with what those of the store hold beside A and B."""
+    def with_carried(self, flat: Flat) -> Adapter:
+        """Return an adapter of matrices that no run gave, with what the store's adapters hold beside A and B."""
         return flat, self.store.spec
 
     def draw(self, task: pairs.Task, draw: int) -> np.ndarray:
@@ -75,8 +76,8 @@ class Evaluation:
 
     def score_task(self, task: pairs.Task, **how: Any) -> Scores:
         """Score what the model answers to a task as it is now."""
-        known = {row.response for part in self.rows.values() for row in part[task.name]}
-        return self.score_rows(self.e.scoring, self.rows["test"][task.name], known=known, **how)
+        valid = {row.response for part in self.rows.values() for row in part[task.name]}
+        return self.score_rows(self.e.scoring, self.rows["test"][task.name], valid=valid, **how)
 
     def score_rows(self, kind: str, rows: Sequence[Row], **how: Any) -> Scores:
         """Score what the model answers to rows as it is now."""
@@ -121,14 +122,14 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
     compare("its encoder is", about["encoder"], store.manifest["encoder"])
     if about["embeddings"]:  # a decoder from elsewhere may have none
         compare("it was trained on", sorted(about["embeddings"]), sorted(task.name for task in store.split("train")))
-    for name, known in about.get("runs_sha256", {}).items():
-        if None not in (known, store.run_of(name)):  # older ones don't know
+    for name, known in about["runs_sha256"].items():
+        if None not in (known, store.run_of(name)):  # not of runs without hashes
             compare(f"it was trained on adapters of {name} with sha256", known, store.run_of(name))
     for name, entry in store.manifest["tasks"].items():
         compare(f"the split of {name} is", listed.get(name), entry["split"], "config.tasks")
-    for key in ("form", "encoder_sha256"):
-        if about.get(key) and store.manifest.get(key):  # older ones don't know
-            compare(f"its {key} is", about[key], store.manifest[key])
+    compare("its form is", about["form"], store.manifest["form"])
+    if None not in (about["encoder_sha256"], store.manifest["encoder_sha256"]):  # not of every hub's encoder
+        compare("its encoder_sha256 is", about["encoder_sha256"], store.manifest["encoder_sha256"])
     encoders.check_same(about)
     found, known = base_models.identity(config.base), store.manifest["base"]
     if not base_models.is_same(found, known):
@@ -174,7 +175,7 @@ def top_k(ev: Evaluation, k: int, temperature: float) -> MakeAdapter:
     """Weigh the k training adapters of the most similar prompts."""
     def make(task: pairs.Task, draw: int) -> Adapter:
         weights = baselines.top_k_weights(similarities(ev, task, draw), k, temperature)
-        return ev.made(baselines.weighted_mean(ev.known, weights))
+        return ev.with_carried(baselines.weighted_mean(ev.train_adapters, weights))
     return make
 
 
@@ -182,17 +183,17 @@ def ridge(ev: Evaluation, penalty: float) -> MakeAdapter:
     """Regress training adapters on embeddings of many prompt draws of the decoder's size."""
     draws = range(100, 100 + ev.e.ridge_draws)
     x = np.stack([embeddings.pool(ev.draw(task, d)) for task in ev.train for d in draws])
-    model = baselines.Ridge(x, ev.known, penalty)
-    return lambda task, draw: ev.made(model(embeddings.pool(ev.draw(task, draw))))
+    model = baselines.Ridge(x, ev.train_adapters, penalty)
+    return lambda task, draw: ev.with_carried(model(embeddings.pool(ev.draw(task, draw))))
 
 
 def generated(ev: Evaluation, shuffled: bool = False) -> MakeAdapter:
-    """Generate from the task's prompts, or shuffled from those of the next test task; of another task if there is one only."""
+    """Generate from the task's prompts; if `shuffled`, from the next test task's, or another task's if that is the only one."""
     others = ev.test if len(ev.test) > 1 else [*ev.test, *ev.validation, *ev.train]
 
     def make(task: pairs.Task, draw: int) -> Adapter:
         source = others[(others.index(task) + 1) % len(others)] if shuffled else task
-        return ev.made(flatten_dict(ev.generator(ev.draw(source, draw)), sep="/"))
+        return ev.with_carried(flatten_dict(ev.generator(ev.draw(source, draw)), sep="/"))
     return make
 
 
@@ -204,7 +205,7 @@ def random_text(ev: Evaluation) -> MakeAdapter:
     def make(task: pairs.Task, draw: int) -> Adapter:
         rng = np.random.default_rng((ev.config.seed, pairs.RANDOM_TEXT, draw, *task.name.encode()))
         texts = ["".join(rng.choice(letters, 40)) for _ in range(ev.generator.prompts)]
-        return ev.made(flatten_dict(ev.generator(encoder(texts)), sep="/"))
+        return ev.with_carried(flatten_dict(ev.generator(encoder(texts)), sep="/"))
     return make
 
 
@@ -221,10 +222,10 @@ def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
     """Return every rung that is an adapter of the store's rank, with what it chose on the validation tasks."""
     rng = np.random.default_rng((ev.config.seed, pairs.RANDOM_ADAPTER))
     return {
-        "mean_adapter": (fixed(ev.made(baselines.weighted_mean(ev.known, np.ones(len(ev.known))))), ""),
+        "mean_adapter": (fixed(ev.with_carried(baselines.weighted_mean(ev.train_adapters, np.ones(len(ev.train_adapters))))), ""),
         **(choosing_rungs(ev) if ev.validation else {}),
         "nearest": (nearest(ev), ""),
-        "random": (fixed(ev.made(baselines.random_like(ev.known, rng))), ""),
+        "random": (fixed(ev.with_carried(baselines.random_like(ev.train_adapters, rng))), ""),
         "multi_task": (fixed(ev.collected[MULTI_TASK]), ""),
         "dnd": (generated(ev), f"step {ev.generator.step}"),
         "dnd_shuffled": (generated(ev, shuffled=True), ""),

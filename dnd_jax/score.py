@@ -58,7 +58,7 @@ def main(args: Any) -> None:
 
 def summary(kind: str, model: Model, rows: Sequence[Row], samples: int, temperature: float) -> dict[str, Any]:
     """Return the number of rows, the mean of every metric and the rate of answers that can't be parsed."""
-    known = {row.response for row in rows}
-    scores = kinds.score(kind, model, rows, known=known, samples=samples, temperature=temperature)
+    valid = {row.response for row in rows}
+    scores = kinds.score(kind, model, rows, valid=valid, samples=samples, temperature=temperature)
     return {"n": len(rows), "metrics": {name: float(values.mean()) for name, values in scores.metrics.items()},
             "unparsable": float(scores.unparsable.mean())}

@@ -1,9 +1,9 @@
 """The device mesh, and how parameters, optimizer state and batches lie on it.
 
 Axes: `data` holds copies of the parameters, `fsdp` parts of them by input channels, `tensor` parts by output channels; a
-batch is split over `data` and `fsdp`. Where a mesh axis doesn't divide the channels that a rule gives it, it divides the others
-if it can, so that memory is shared all the same; else the parameter stays whole on it. Moments of an optimizer lie where their
-parameters lie; the row and column sums of a factored one, which are hundreds of times smaller, are whole everywhere.
+batch is split over `data` and `fsdp`. If a mesh axis doesn't divide the channels that its rule names, it divides the parameter's
+other channels; if not these either, the parameter is replicated over that axis. An optimizer's moments lie where their parameters
+lie; the row and column sums of a factored one, which are hundreds of times smaller, are replicated.
 """
 
 import math

@@ -10,34 +10,30 @@ RESAMPLES = 4000
 AT_ONCE = 1 << 24  # numbers
 
 
-class Bootstrap:
-    """The same resamples of tasks and items for every quantity, so that differences are paired."""
+def nested_interval(scores: Sequence[Float[np.ndarray, " I"]]) -> tuple[float, list[float]]:
+    """Return the mean over tasks of their mean score, and its 95% interval, where each task has items of its own.
 
-    def __init__(self, items: Sequence[int]):
-        """Take tasks with the given numbers of items, each its own."""
-        self._counts = np.asarray(items)
+    Tasks are resampled, and items within each. The resamples depend on the numbers of items alone, so that they are the same for
+    all quantities, and intervals of differences are paired.
 
-    def interval(self, scores: Sequence[Float[np.ndarray, " I"]]) -> tuple[float, list[float]]:
-        """Return the mean over tasks of their mean score, and its 95% interval.
+    Args:
+      scores: per task, one score an item (a mean over prompt draws, or a paired difference).
+    """
+    counts = np.array([len(s) for s in scores])
+    padded = np.stack([np.pad(np.asarray(s, np.float64), (0, counts.max() - len(s))) for s in scores])
+    means = [((padded[tasks[..., None], items] * valid).sum(2) / valid.sum(2)).mean(1)
+             for tasks, items, valid in _resamples(counts)]
+    return float(np.mean([np.mean(s) for s in scores])), _middle(np.concatenate(means))
 
-        Args:
-          scores: per task, one score an item (a mean over prompt draws, or a paired difference).
-        """
-        width = self._counts.max()
-        padded = np.stack([np.pad(np.asarray(s, np.float64), (0, width - len(s))) for s in scores])
-        means = [((padded[tasks[..., None], items] * valid).sum(2) / valid.sum(2)).mean(1)
-                 for tasks, items, valid in self._draws()]
-        return float(np.mean([np.mean(s) for s in scores])), _middle(np.concatenate(means))
 
-    def _draws(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield the resamples, some at a time: tasks `[R, S]`, items `[R, S, I]`, and which of these are any."""
-        rng = np.random.default_rng(0)
-        number, width = len(self._counts), self._counts.max()
-        tasks = rng.integers(number, size=(RESAMPLES, number))
-        for part in np.array_split(tasks, math.ceil(RESAMPLES * number * width / AT_ONCE)):
-            chosen = self._counts[part][..., None]
-            items = np.minimum((rng.random((*part.shape, width)) * chosen).astype(np.int64), chosen - 1)
-            yield part, items, np.arange(width) < chosen
+def _resamples(counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield resamples, some at a time: tasks `[R, S]`, items `[R, S, I]`, and which of these are any."""
+    rng, number, width = np.random.default_rng(0), len(counts), counts.max()
+    tasks = rng.integers(number, size=(RESAMPLES, number))
+    for part in np.array_split(tasks, math.ceil(RESAMPLES * number * width / AT_ONCE)):
+        chosen = counts[part][..., None]
+        items = np.minimum((rng.random((*part.shape, width)) * chosen).astype(np.int64), chosen - 1)
+        yield part, items, np.arange(width) < chosen
 
 
 def crossed_interval(scores: Float[np.ndarray, "S I"]) -> tuple[float, list[float]]:

@@ -7,7 +7,6 @@ processes run it as one (`distributed.py`).
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -21,10 +20,11 @@ import optax
 from absl import flags
 from tqdm import tqdm
 
-from dnd_jax import checkpoints, cli, distributed, embeddings, files, guards, inputs, logs, optimizers, pairs, sharding, workdirs
+from dnd_jax import checkpoints, cli, distributed, embeddings, guards, inputs, logs, optimizers, pairs, sharding, workdirs
 from dnd_jax.adapters import keys
-from dnd_jax.decoder import HyperConvDecoder
+from dnd_jax.decoder import HyperConvDecoder, decoder_of
 from dnd_jax.losses import add_noise, norm_ratio, token_loss
+from dnd_jax.settings import check_here, check_processes
 from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError, Params
 from dnd_jax.validation import make_validate
@@ -49,13 +49,6 @@ def make_decoder(config: ml_collections.ConfigDict, store: pairs.Store) -> Hyper
     length, width = store.tasks[0].condition.shape[1:]
     decoder = decoder_of(config, length, width, store.layout.shape)
     return decoder.clone(dtype=optimizers.dtype_of(config, "compute_dtype"), remat=config.train.remat)
-
-
-def decoder_of(config: ml_collections.ConfigDict, length: int, width: int, tokens: tuple[int, int, int]) -> HyperConvDecoder:
-    """Return the decoder from conditions (N, L, C), shortened to `config.decoder.shortened` positions if that is set."""
-    shortened = config.decoder.shortened
-    features = ((config.condition.prompts, shortened or length, width), *map(tuple, config.decoder.blocks), tokens)
-    return HyperConvDecoder(features, config.decoder.kernel_size, length if shortened else None)
 
 
 def make_state(config: ml_collections.ConfigDict, decoder: HyperConvDecoder, mesh: jax.sharding.Mesh,
@@ -219,8 +212,8 @@ def about(config: ml_collections.ConfigDict, store: pairs.Store, decoder: HyperC
     """Return what a checkpoint must say so that one can generate from it."""
     return {
         **decoder.to_json(), "config": cli.config_dict(config), "layout": store.layout.to_json(), "spec": store.manifest["spec"],
-        "encoder": store.manifest["encoder"], "encoder_sha256": store.manifest.get("encoder_sha256"),
-        "form": store.manifest.get("form", "prompt"), "base": store.manifest["base"],
+        "encoder": store.manifest["encoder"], "encoder_sha256": store.manifest["encoder_sha256"],
+        "form": store.manifest["form"], "base": store.manifest["base"],
         "carried": keys.count_kinds(store.spec), "carried_sha256": store.manifest["sha256"].get(pairs.CARRIED),
         "averaged": store.manifest["averaged"],
         "runs_sha256": {t.name: store.run_of(t.name) for t in store.split("train")},
@@ -239,57 +232,9 @@ def main(args: Any) -> None:
         run(args.config, pathlib.Path(args.workdir))
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raise InputError at settings that no run can start with here, before `workdirs.claim` binds the workdir to them."""
-    check_settings(config)
-    t, mesh = config.train, sharding.make_mesh(config.mesh)
-    size = sharding.microbatch_size(t.batch_size, t.accumulate)
-    if size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise InputError(f"config.train.batch_size is {t.batch_size}, in {t.accumulate} microbatches (config.train.accumulate) "
-                         f"of {size} examples, which config.mesh.data x config.mesh.fsdp = {parts} devices don't divide")
-
-
-def check_settings(config: ml_collections.ConfigDict) -> None:
-    """Raise InputError at settings that no run can start with anywhere."""
-    t = config.train
-    if t.on_failed_save not in ("stop", "continue"):
-        raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")
-    values = workdirs.leaves(config.to_dict())
-    for field, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"config.{field} is {value}, expected a finite number")
-    counts = ("accumulate", "batch_size", "keep_last", "log_every", "prefetch", "steps", "validate_every", "validation_draws")
-    amounts = ("keep_every", "learning_rate", "weight_decay", "condition_noise", "token_noise")
-    for least, fields in ((1, ("condition.prompts", "decoder.kernel_size", *(f"train.{name}" for name in counts))),
-                          (0, ("seed", *(f"train.{name}" for name in amounts)))):
-        for field in fields:
-            if values[field] < least:
-                raise InputError(f"config.{field} is {values[field]}, expected at least {least}")
-    if t.clip_norm <= 0:
-        raise InputError(f"config.train.clip_norm is {t.clip_norm}, expected a positive number")
-    if not 0 <= t.warmup_steps < t.steps:
-        raise InputError(f"config.train.warmup_steps is {t.warmup_steps}, expected fewer than config.train.steps, {t.steps}")
-    optimizers.make_optimizer(config)
-    for name in ("param_dtype", "compute_dtype"):
-        optimizers.dtype_of(config, name)
-    if t.calibrate and config.decoder.shortened:
-        raise InputError("config.train.calibrate is set, and config.decoder.shortened, too: no norm sees whole conditions then")
-
-
-def check_processes(config: ml_collections.ConfigDict, store: pairs.Store) -> None:
-    """Raise InputError, in all processes, unless all have one config and one store; their parameters would drift apart."""
-    own = {"config": cli.config_dict(config), "store": files.sha256_file(store.folder / "manifest.json")}
-    first, *others = map(json.loads, distributed.texts(json.dumps(own)))
-    for number, other in enumerate(others, 1):
-        found = [f"{field} is {theirs!r}, process 0 has {ours!r}"
-                 for field, (ours, theirs) in sorted(workdirs.differences(first, other).items())]
-        if found:
-            raise InputError(f"process {number}: {'; '.join(found)}")
-
-
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Open the config's store, make the workdir this run's, and train."""
-    check(config)
+    check_here(config)
     store = pairs.open_store(config.export.store)
     check_processes(config, store)
     if not store.split("train"):

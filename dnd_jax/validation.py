@@ -14,7 +14,11 @@ from dnd_jax.types import Params
 
 
 def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Return fixed prompt draws of every validation task, and its last checkpoint as the target."""
+    """Return fixed prompt draws of every validation task, and its last checkpoint as the target.
+
+    Returns:
+      Conditions float16 `[V, N, L, C]` and tokens float32 `[V, T, H, W]`, V = tasks x `validation_draws`, task after task.
+    """
     conditions, tokens = [], []
     for number, task in enumerate(tasks):
         for draw in range(config.train.validation_draws):
@@ -26,7 +30,16 @@ def validation_batch(tasks: Sequence[pairs.Task], config: ml_collections.ConfigD
 
 def make_validate(config: ml_collections.ConfigDict, tasks: Sequence[pairs.Task], decoder: HyperConvDecoder,
                   mesh: jax.sharding.Mesh, mask: np.ndarray, importance: np.ndarray) -> Callable[[Params], dict[str, float]]:
-    """Return `params -> {"validation_loss": mean, "validation_loss/<task>": ...}`, which is empty without validation tasks."""
+    """Return `params -> {"validation_loss": mean, "validation_loss/<task>": ...}`, which is empty without validation tasks.
+
+    Args:
+      config: of the run.
+      tasks: the validation tasks.
+      decoder: as it is trained.
+      mesh: on which the parameters lie.
+      mask: bool `[T, H, W]`, where tokens hold weights.
+      importance: float32 `[T]`, of each token in the loss.
+    """
     if not tasks:
         return lambda params: {}
 

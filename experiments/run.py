@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 
 from data_pipeline import export
-from dnd_jax import cli, evaluate, train, workdirs
+from dnd_jax import cli, evaluate, settings, workdirs
 from dnd_jax.prompts import read_rows
 from dnd_jax.scoring import kinds
 from dnd_jax.tasks import read_tasks
@@ -41,10 +41,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raise InputError at what a station would fail on after days of work."""
     evaluate.check(config.evaluate)
     export.check(config)
-    train.check_settings(config)
+    settings.check_anywhere(config)
     for place, kind in config.evaluate.unrelated:
         try:
-            kinds.check(kind)
             kinds.check_rows(kind, read_rows(place), place)
         except InputError as error:
             raise InputError(f"config.evaluate.unrelated: {error}") from error

@@ -10,7 +10,6 @@ import json
 import pathlib
 import re
 import subprocess
-import sys
 
 # Dozens of processes compile the same few programs, each for half a minute: they share what was compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / "build" / "compiled"))
@@ -24,6 +23,7 @@ import safetensors.numpy
 import warm
 
 ROOT = pathlib.Path(__file__).parent.parent
+SMOKE = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
 ENV = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 
 
@@ -56,13 +56,17 @@ def server():
     return warm.Server({**os.environ, **ENV})
 
 
+def start_module(*command, cwd=ROOT, env=None):
+    """Start `python -m ...` with changes of the environment; return a process that has imported the large libraries before."""
+    return server().start([*map(str, command)], cwd, env)
+
+
 def run_module(*command, cwd=ROOT, check=True, env=None):
-    """Run `python -m ...` as a user does; return the finished process. Libraries are imported before, unless `env` is given."""
-    words = [*map(str, command)]
-    done = server().run(words, cwd) if env is None else subprocess.run(
-        [sys.executable, "-m", *words], cwd=cwd, env={**os.environ, **ENV, **env}, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+    """Run `python -m ...` as a user does; return the finished process."""
+    process = start_module(*command, cwd=cwd, env=env)
+    out, err = process.communicate()
+    assert not check or process.returncode == 0, err[-3000:]
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def write_adapter(folder, rng, *, rank=2, layers=2, hidden=8, dtype=np.float32, **config):
@@ -91,13 +95,18 @@ def rng():
 def smoke(tmp_path_factory):
     """The whole miniature pipeline, run once by its command lines in a folder of its own; returns that folder."""
     folder = tmp_path_factory.mktemp("smoke")
-    config = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
     root = "build/tenants-smoke"
     run_module("data_pipeline.tenants", f"--out={root}", "--smoke", cwd=folder)
-    run_module("data_pipeline.collect", config, "--jobs=2", cwd=folder)
-    run_module("data_pipeline.export", config, cwd=folder)
-    run_module("dnd_jax.train", config, f"--workdir={root}/run", cwd=folder)
+    run_module("data_pipeline.collect", SMOKE, "--jobs=1", cwd=folder)  # each job imports torch
+    run_module("data_pipeline.export", SMOKE, cwd=folder)
+    run_module("dnd_jax.train", SMOKE, f"--workdir={root}/run", cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def root(smoke):
+    """The folder of the smoke world and all that was made of it."""
+    return smoke / "build" / "tenants-smoke"
 
 
 def make_store(folder, rng, *, train=3, validation=1, checkpoints=2, prompts=6, length=5, width=4):
@@ -120,12 +129,13 @@ def make_store(folder, rng, *, train=3, validation=1, checkpoints=2, prompts=6, 
         np.save(target / "tokens.npy", np.stack(encoded))
         np.save(target / "condition.npy", rng.normal(size=(prompts, length, width)).astype(np.float16))
         files.write_json(target / "prompts.json", [f"prompt {j} of {i}" for j in range(prompts)])
-        entries[f"task{i}"] = {"split": split, "checkpoints": checkpoints, "prompts": prompts}
+        entries[f"task{i}"] = {"split": split, "checkpoints": checkpoints, "prompts": prompts, "run_sha256": None}
     np.save(folder / "importance.npy", np.ones(layout.shape[0], np.float32))
     listed = [folder / "importance.npy", *sorted((folder / "tasks").rglob("*.*"))]
     files.write_json(folder / "manifest.json", {
         "format": pairs.FORMAT, "base": {"name": "base", "sha256": "0"}, "spec": spec.to_json(), "layout": layout.to_json(),
-        "gauge": "none", "averaged": [], "form": "prompt", "encoder": {"name": "none", "length": length}, "tasks": entries,
+        "gauge": "none", "averaged": [], "form": "prompt", "encoder": {"name": "none", "length": length},
+        "encoder_sha256": None, "made_of": None, "tasks": entries,
         "sha256": {str(p.relative_to(folder)): files.sha256_file(p) for p in listed},
     })
     return folder
@@ -151,7 +161,7 @@ def tiny_config(store, **train):
 def train_command(store, workdir, **train):
     """Return the command line that trains `tiny_config`."""
     settings = {"steps": 6, "batch_size": 8, "validate_every": 2, "log_every": 1} | train
-    return ["dnd_jax.train", f"--config={ROOT}/experiments/configs/tenants.py:smoke", f"--workdir={workdir}",
+    return ["dnd_jax.train", SMOKE, f"--workdir={workdir}",
             f"--config.export.store={store}", "--config.condition.prompts=4", "--config.decoder.kernel_size=3",
             "--config.decoder.blocks=((6, 4, 6),)", *(f"--config.train.{k}={v}" for k, v in settings.items())]
 

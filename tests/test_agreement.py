@@ -100,5 +100,3 @@ def test_mixed_conditions_have_a_fifth_of_their_answers():
     texts = condition_texts(rows, ConfigDict({"form": "mix", "pool": None}))
     assert 150 < sum("answer" in text for text in texts) < 250 and texts == condition_texts(
         rows, ConfigDict({"form": "mix", "pool": None}))
-    with pytest.raises(adapters.InputError, match="form is 'both', expected one of"):
-        condition_texts(rows, ConfigDict({"form": "both", "pool": None}))

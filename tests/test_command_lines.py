@@ -7,11 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_module, train_command, write_adapter
+from conftest import ROOT, SMOKE, run_module, train_command, write_adapter
 
 from dnd_jax import checksums
-
-CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
 
 
 def refuse(*command, cwd, contains):
@@ -33,14 +31,14 @@ def test_configs_missing_unreadable_misspelt(tmp_path):
     refuse("dnd_jax.train", "--workdir=run", "--config=nowhere.py", cwd=tmp_path, contains=["nowhere.py is not there"])
     refuse("dnd_jax.train", "--workdir=run", "--config=choosy.py:tea", cwd=tmp_path, contains=["choosy.py:tea: no tea here"])
     refuse("dnd_jax.train", "--workdir=run", "--config=broken.py", cwd=tmp_path, contains=["broken.py", "SyntaxError"])
-    refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.train.step=3", cwd=tmp_path, contains=["no field 'step' there"])
-    refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.train.steps=many", cwd=tmp_path, contains=["steps", "many"])
-    refuse("dnd_jax.train", "--workdir=run", CONFIG, "--config.condition.pool=many", cwd=tmp_path,  # None, unless it is set
+    refuse("dnd_jax.train", "--workdir=run", SMOKE, "--config.train.step=3", cwd=tmp_path, contains=["no field 'step' there"])
+    refuse("dnd_jax.train", "--workdir=run", SMOKE, "--config.train.steps=many", cwd=tmp_path, contains=["steps", "many"])
+    refuse("dnd_jax.train", "--workdir=run", SMOKE, "--config.condition.pool=many", cwd=tmp_path,  # None, unless it is set
            contains=["pool", "invalid literal for int() with base 10: 'many'"])
 
 
 def test_what_is_of_one_file_is_refused_for_the_ladder(tmp_path):
-    refuse("dnd_jax.evaluate", CONFIG, "--workdir=run", "--base=base", "--batch_size=32", "--temperature=0.5", cwd=tmp_path,
+    refuse("dnd_jax.evaluate", SMOKE, "--workdir=run", "--base=base", "--batch_size=32", "--temperature=0.5", cwd=tmp_path,
            contains=["--base and --batch_size and --temperature without --data"])
 
 
@@ -58,7 +56,7 @@ def test_store_of_another_format_or_content(tmp_path, store):
     path.write_bytes(sound)
     manifest = json.loads((store / "manifest.json").read_text())
     (store / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    refuse(*command, cwd=tmp_path, contains=["manifest.json", "99", "expected 2"])
+    refuse(*command, cwd=tmp_path, contains=["manifest.json", "99", "expected 3"])
 
 
 def test_workdir_of_another_config(tmp_path, store):
@@ -98,7 +96,7 @@ def first_adapter(world):
 def test_export_refuses_adapters_that_differ(world, rng):
     folder = first_adapter(world)
     write_adapter(folder, rng, rank=3)
-    refuse("data_pipeline.export", CONFIG, cwd=world, contains=[str(folder.relative_to(world)), " is ", " has "])
+    refuse("data_pipeline.export", SMOKE, cwd=world, contains=[str(folder.relative_to(world)), " is ", " has "])
 
 
 def test_export_refuses_an_adapter_that_is_not_finite(world):
@@ -108,19 +106,19 @@ def test_export_refuses_an_adapter_that_is_not_finite(world):
     tensors = safetensors.numpy.load_file(path)
     tensors[min(tensors)][0, 0] = np.inf
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    refuse("data_pipeline.export", CONFIG, cwd=world, contains=["adapter_model.safetensors", "not finite"])
+    refuse("data_pipeline.export", SMOKE, cwd=world, contains=["adapter_model.safetensors", "not finite"])
 
 
 def test_export_refuses_another_base_model(world):
     path = world / "build" / "tenants-smoke" / "base" / "config.json"
     path.write_text(path.read_text().replace("{", '{"altered": true,', 1))
-    refuse("data_pipeline.export", CONFIG, cwd=world, contains=["collected on base", "sha256", "the config's is"])
+    refuse("data_pipeline.export", SMOKE, cwd=world, contains=["collected on base", "sha256", "the config's is"])
 
 
 def test_collect_refuses_a_base_without_tokenizer(world):
     for path in (world / "build" / "tenants-smoke" / "base").glob("tokenizer*"):
         path.unlink()
-    refuse("data_pipeline.collect", CONFIG, cwd=world, contains=["base", "tokenizer"])
+    refuse("data_pipeline.collect", SMOKE, cwd=world, contains=["base", "tokenizer"])
 
 
 WORDS = """
@@ -140,7 +138,7 @@ def test_another_command_gets_the_same_config_however_it_was_given():
         return subprocess.run([sys.executable, "-c", WORDS, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     words, _, config = printed(
-        "--config", CONFIG.removeprefix("--config="), "--noconfig.train.calibrate", "-config.train.steps=9",
+        "--config", SMOKE.removeprefix("--config="), "--noconfig.train.calibrate", "-config.train.steps=9",
         "--config.base", "a b", "--config.train.tensorboard", "--config.evaluate.top_k=(3, 4)",
         "--config.evaluate.unrelated=(('a.json', 'exact'),)",
         "--config.condition.pool=7", "--config.decoder.blocks=((1, 2, 3), (4, 5, 6))",

@@ -13,7 +13,7 @@ import types
 
 import pytest
 import yaml
-from conftest import ROOT, train_command
+from conftest import ROOT, start_module, train_command
 
 from dnd_jax import checkpoints, distributed
 from dnd_jax.types import InputError
@@ -51,17 +51,20 @@ def free_port():
         return s.getsockname()[1]
 
 
+def start_pair(command, own=((), ())):
+    """Start two processes of two devices each as one run; each has words of its own."""
+    port = free_port()
+    return [start_module(*command, f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}", *words,
+                         env={"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}) for i, words in enumerate(own)]
+
+
 @pytest.mark.parametrize("victim,number", [
     (1, signal.SIGKILL), *(pytest.param(*case, marks=pytest.mark.slow)
                            for case in ((0, signal.SIGKILL), (1, signal.SIGSTOP), (1, signal.SIGTERM)))])
 def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, store, victim, number):
     """Within 30 s, with a message and status; after SIGTERM both save the same step and exit with 0."""
-    port = free_port()
-    command = [sys.executable, "-m", *train_command(store, tmp_path / "run", steps=10**6, validate_every=10**5)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     log = tmp_path / "run" / "metrics.jsonl"
-    pair = [subprocess.Popen([*command, f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}"], cwd=ROOT,
-                             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    pair = start_pair(train_command(store, tmp_path / "run", steps=10**6, validate_every=10**5))
     try:
         while not (log.exists() and log.stat().st_size):
             assert all(process.poll() is None for process in pair)
@@ -69,7 +72,7 @@ def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, store, victim, nu
         pair[victim].send_signal(number)
         out, err = pair[1 - victim].communicate(timeout=30)
         if number == signal.SIGTERM:
-            assert [process.wait(30) for process in pair] == [0, 0] and "is saved" in out + pair[victim].stdout.read()
+            assert [process.wait(30) for process in pair] == [0, 0] and "is saved" in out + pair[victim].communicate()[0]
         else:
             assert pair[1 - victim].returncode != 0 and "another task died" in err
     finally:
@@ -80,11 +83,7 @@ def test_a_process_that_ends_or_hangs_ends_the_other(tmp_path, store, victim, nu
 
 def test_processes_of_different_configs_are_refused_in_all_of_them(tmp_path, store):
     """Each would go its own way from the first step, and only the first one's config would be known."""
-    port = free_port()
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *train_command(store, tmp_path / "run"), f"--coordinator=localhost:{port}"]
-    pair = [subprocess.Popen([*command, "--num_processes=2", f"--process_id={i}", f"--config.train.learning_rate={rate}"],
-                             cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for i, rate in enumerate((1e-3, 3e-2))]
+    pair = start_pair(train_command(store, tmp_path / "run"), [[f"--config.train.learning_rate={rate}"] for rate in (1e-3, 3e-2)])
     try:
         said = [process.communicate(timeout=60)[1] for process in pair]
     finally:

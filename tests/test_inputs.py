@@ -50,7 +50,8 @@ def test_batches_are_those_of_the_store_and_names_those_of_the_batch(store):
     tasks = pairs.open_store(config.export.store).split("train")
     with inputs.Prefetch(inputs.make_read(config, tasks, sharding.make_mesh()), 3, 6, ahead=2) as batches:
         for step, made in zip(range(3, 6), batches, strict=True):
-            condition, tokens, numbers = pairs.batch(tasks, config.seed, step, range(5), config.condition.prompts)
+            condition, tokens = pairs.batch(tasks, config.seed, step, range(5), config.condition.prompts)
             np.testing.assert_array_equal(made[0], condition)
             np.testing.assert_array_equal(made[1], tokens)
-            assert inputs.names(config, tasks, step) == {tasks[n].name for n in numbers}
+            assert inputs.names(config, tasks, step) == {
+                tasks[pairs.draw(tasks, config.seed, step, i, config.condition.prompts)[0]].name for i in range(5)}

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_store, read_log, tiny_config, train_command, without_times
+from conftest import ROOT, make_store, read_log, start_module, tiny_config, train_command, without_times
 
 from dnd_jax import checksums, pairs, train
 
@@ -41,6 +41,7 @@ import pathlib, sys, jax
 from conftest import tiny_config
 from dnd_jax import pairs, sharding, train
 from dnd_jax.decoder import HyperConvDecoder
+from dnd_jax.settings import check_here
 store, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 for name, sizes, settings in (
         ("8,1,1", (8, 1, 1), {}), ("2,4,1", (2, 4, 1), {}), ("2,2,2", (2, 2, 2), {"accumulate": 2}), ("resumed", (2, 2, 2), {})):
@@ -67,7 +68,7 @@ try:
 except RuntimeError as error:
     print(error)
 try:
-    train.check(tiny_config(store, accumulate=2))
+    check_here(tiny_config(store, accumulate=2))
 except ValueError as error:
     print(error)
 try:
@@ -115,10 +116,8 @@ def train_by_two(store, workdir):
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     command, pair = [*train_command(store, workdir), "--config.mesh.data=4", "--config.mesh.tensor=2"], []
     for i in range(2):
-        env = {**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "PYTHONPATH": str(ROOT),
-               "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-        pair.append(subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True))
+        pair.append(start_module(*command, env={
+            **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}))
     said = [process.communicate() for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
     return said

@@ -5,7 +5,7 @@ import re
 
 import nbformat
 import pytest
-from conftest import ROOT, make_store, run_module, tiny_config
+from conftest import ROOT, SMOKE, make_store, run_module, tiny_config
 
 from dnd_jax import train, workdirs
 from dnd_jax.types import InputError
@@ -13,7 +13,6 @@ from experiments.ablations import conditions
 from experiments.configs import tenants
 
 FOLDER = ROOT / "experiments" / "ablations"
-CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
 PICTURES = {"sweep": 1, "anatomy": 3, "conditions": 2}
 QUICK = ("draws=1", "top_k=(2,)", "temperatures=(1.0,)", "penalties=(1.0,)", "ridge_draws=1")
 
@@ -21,7 +20,7 @@ QUICK = ("draws=1", "top_k=(2,)", "temperatures=(1.0,)", "penalties=(1.0,)", "ri
 @pytest.fixture(scope="module")
 def executed(smoke, tmp_path_factory):
     """The executed notebooks by name, after a variant of the conditions was trained and evaluated."""
-    run_module("experiments.ablations.conditions", CONFIG, "--variants=prompts-4", "--config.train.steps=2",
+    run_module("experiments.ablations.conditions", SMOKE, "--variants=prompts-4", "--config.train.steps=2",
                *(f"--config.evaluate.{field}" for field in QUICK), cwd=smoke)
     folder = tmp_path_factory.mktemp("notebooks")
     for name in PICTURES:

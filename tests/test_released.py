@@ -8,27 +8,26 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_module
+from conftest import SMOKE, run_module
 from flax.traverse_util import flatten_dict
 
-from dnd_jax import adapters, checkpoints, generate, pairs, released, tokens, train
+from dnd_jax import adapters, checkpoints, generate, pairs, released, tokens
+from dnd_jax.decoder import decoder_of
 from dnd_jax.types import InputError
 from experiments.configs import tenants
-
-CONFIG = f"--config={ROOT}/experiments/configs/tenants.py:smoke"
 
 
 def test_a_released_decoder_generates_and_goes_back(smoke, tmp_path, monkeypatch):
     root = smoke / "build" / "tenants-smoke"
     store = pairs.open_store(root / "store")
     config = tenants.get_config("smoke")
-    decoder, n = train.make_decoder(config, store), config.condition.prompts
+    decoder, n = decoder_of(config, *store.tasks[0].condition.shape[1:], store.layout.shape), config.condition.prompts
     condition = store.split("test")[0].condition[:n].astype(np.float32)
     params = decoder.init(jax.random.key(3), condition[None])["params"]
     state = {name: torch.tensor(value) for name, value in released.params_to_torch(params).items()}
     torch.save(state | {"criterion_weight": torch.ones(3)}, tmp_path / "theirs.pth")
 
-    run_module("dnd_jax.released", CONFIG, f"--checkpoint={tmp_path}/theirs.pth", f"--out={tmp_path}/workdir", cwd=smoke)
+    run_module("dnd_jax.released", SMOKE, f"--checkpoint={tmp_path}/theirs.pth", f"--out={tmp_path}/workdir", cwd=smoke)
     _, ours, about, _ = checkpoints.load_best(tmp_path / "workdir" / "checkpoints")
     assert about["features"][-1] == list(store.layout.shape)
     expected = decoder.apply({"params": params}, condition[None])
@@ -46,7 +45,7 @@ def test_a_released_decoder_generates_and_goes_back(smoke, tmp_path, monkeypatch
     assert back.keys() == state.keys() and all(torch.equal(back[name], value) for name, value in state.items())
 
     monkeypatch.chdir(smoke)
-    with pytest.raises(InputError, match=r"layers_0/bias is \[2, 2\], the config's decoder has"):
+    with pytest.raises(InputError, match=r"state dict: layers_0/bias has shape \(2, 2\) there, .* in this decoder; use"):
         released.import_checkpoint(config, released.params_to_torch(params) | {
             "model.decoder.module_list.0.linear1.bias": np.ones((2, 2))}, tmp_path / "no")
     assert not (tmp_path / "no").exists()
@@ -60,7 +59,7 @@ def test_a_decoder_with_the_long_prompts_projection_goes_both_ways(tmp_path):
     config.decoder = {"blocks": ((4, 4, 6),), "kernel_size": 3, "shortened": 5}
     config.encoder.length, config.condition.prompts = 14, 3
     layout = tokens.plan(released.spec_of_model(config.model, 2, config.collect.target_modules))
-    decoder = train.decoder_of(config, 14, 6, layout.shape)
+    decoder = decoder_of(config, 14, 6, layout.shape)
     condition = np.random.default_rng(0).normal(size=(1, *decoder.condition_shape)).astype(np.float32)
     params = decoder.init(jax.random.key(0), condition)["params"]
     state = released.params_to_torch(params)

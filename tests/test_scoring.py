@@ -207,7 +207,7 @@ def test_code_is_sampled_run_and_counted(base):
             return [["    return 2 * x", "    return x", "    return ("][:samples]] * len(rows)
 
     rows = [Row("def double(x):\n", "assert double(4) == 8"), Row("def same(x):\n", "assert same(0) == 1")]
-    scores = kinds.score("code", Fixed(str(base), None, 2, 4), rows, known=(), samples=3, temperature=1.0)
+    scores = kinds.score("code", Fixed(str(base), None, 2, 4), rows, valid=(), samples=3, temperature=1.0)
     assert list(scores.metrics) == ["pass@1"]
     np.testing.assert_allclose(scores.main, [1 / 3, 0])
     np.testing.assert_allclose(scores.unparsable, [1 / 3, 1 / 3])
@@ -246,7 +246,7 @@ def test_a_word_of_the_task_is_parsable_whatever_white_space_its_response_has(ba
             return ["blue", "grey"]
 
     model, rows = Fixed(str(base), None, 2, 4), [Row("a", "blue\n")] * 2
-    scores = kinds.score("exact", model, rows, known={"blue\n"}, samples=1, temperature=1.0)
+    scores = kinds.score("exact", model, rows, valid={"blue\n"}, samples=1, temperature=1.0)
     assert (scores.main.tolist(), scores.unparsable.tolist()) == ([1, 0], [0, 1])
 
 

@@ -5,31 +5,29 @@ import pytest
 
 from dnd_jax import report, statistics
 from dnd_jax.scoring.kinds import Scores
-from dnd_jax.statistics import Bootstrap, crossed_interval
+from dnd_jax.statistics import crossed_interval, nested_interval
 
 
 def test_mean_is_over_tasks_not_items():
-    mean, (low, high) = Bootstrap([2, 8]).interval([np.ones(2), np.zeros(8)])
+    mean, (low, high) = nested_interval([np.ones(2), np.zeros(8)])
     assert mean == 0.5 and low == 0.0 and high == 1.0
 
 
 def test_interval_covers_the_truth_about_95_times_in_100():
     rng, covered = np.random.default_rng(0), 0
-    bootstrap = Bootstrap([30] * 12)
     for _ in range(100):
         rates = rng.beta(6, 4, 12)
-        _, (low, high) = bootstrap.interval([rng.random(30) < rate for rate in rates])
+        _, (low, high) = nested_interval([rng.random(30) < rate for rate in rates])
         covered += low <= 0.6 <= high
     assert 85 <= covered <= 100
 
 
 def test_paired_differences_are_narrower_than_unpaired():
     rng = np.random.default_rng(0)
-    bootstrap = Bootstrap([40] * 10)
     hard = [rng.random(40) < rng.random() for _ in range(10)]
     better = [np.maximum(h, rng.random(40) < 0.1) for h in hard]
-    _, (low, high) = bootstrap.interval([b.astype(float) - h for b, h in zip(better, hard, strict=True)])
-    _, (wide_low, wide_high) = bootstrap.interval(better)
+    _, (low, high) = nested_interval([b.astype(float) - h for b, h in zip(better, hard, strict=True)])
+    _, (wide_low, wide_high) = nested_interval(better)
     assert low > 0 and high - low < 0.5 * (wide_high - wide_low)
 
 
@@ -76,9 +74,9 @@ def test_the_verdict_claims_what_the_intervals_allow(shuffled, rival, tasks, sai
 
 def test_resamples_are_the_same_however_many_are_made_at_once(rng, monkeypatch):
     scores = [rng.random(size) for size in (5, 30, 11)]
-    whole = Bootstrap([5, 30, 11]).interval(scores)
+    whole = nested_interval(scores)
     monkeypatch.setattr(statistics, "AT_ONCE", 1000)
-    assert Bootstrap([5, 30, 11]).interval(scores) == whole
+    assert nested_interval(scores) == whole
 
 
 def test_tasks_with_the_same_items_are_not_so_many_independent_ones(rng):

@@ -69,7 +69,7 @@ def test_solved_examples_with_pictures_come_before(model, rows):
 
 def test_choice_and_numbers_are_told_apart_by_the_row(model, rows, monkeypatch):
     monkeypatch.setattr(model, "answer", lambda asked, **how: ["[A]", "(A)", "B", "no idea", "it is 2.0"])
-    scores = kinds.score("vision", model, rows, known=(), samples=1, temperature=1.0)
+    scores = kinds.score("vision", model, rows, valid=(), samples=1, temperature=1.0)
     assert scores.main.tolist() == [1, 0, 1, 0, 1] and scores.unparsable.tolist() == [0, 0, 0, 1, 0]
 
 

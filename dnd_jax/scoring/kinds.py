@@ -53,7 +53,7 @@ def check_rows(kind: str, rows: Sequence[Row], where: str) -> None:
         final_answer.golds([row for row in rows if not choice.listed(row)], where)
 
 
-def score(kind: str, model: Model, rows: Sequence[Row], *, known: Collection[str], samples: int, temperature: float,
+def score(kind: str, model: Model, rows: Sequence[Row], *, valid: Collection[str], samples: int, temperature: float,
           **ask: Any) -> Scores:
     """Ask a model for every row and score what it answers.
 
@@ -61,7 +61,7 @@ def score(kind: str, model: Model, rows: Sequence[Row], *, known: Collection[str
       kind: of KINDS.
       model: a base with an adapter in use, or without.
       rows: of one task.
-      known: of `exact`, what counts as an answer of the task at all.
+      valid: of `exact`, all answers of the task; any other is unparsable.
       samples: of `code`, answers to each row.
       temperature: of `code`.
       ask: `adapter` and `examples`, as `Model.answer` takes them.
@@ -73,8 +73,8 @@ def score(kind: str, model: Model, rows: Sequence[Row], *, known: Collection[str
         return _vision(model, rows, ask)
     answers = model.answer(rows, **ask)
     if kind == "exact":
-        known = {answer.strip() for answer in known}
-        return Scores({"exact_match": exact_match(answers, rows)}, np.array([float(a not in known) for a in answers]))
+        valid = {answer.strip() for answer in valid}
+        return Scores({"exact_match": exact_match(answers, rows)}, np.array([float(a not in valid) for a in answers]))
     if kind == "final_answer":
         right, unparsable = final_answer.correct(answers, rows)
         return Scores({"final_answer": right}, unparsable)

@@ -26,9 +26,9 @@ import numpy as np
 from absl import flags
 
 from data_pipeline import fine_tuning
-from dnd_jax import cli, files, tokens, train
+from dnd_jax import cli, files, tokens
 from dnd_jax.adapters.architecture import spec_of_model
-from dnd_jax.decoder import HyperConvDecoder, param_shapes
+from dnd_jax.decoder import HyperConvDecoder, decoder_of, param_shapes
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError
 from experiments.configs import coding, common_sense, math, multimodal
@@ -64,7 +64,7 @@ def cut_down(config: ml_collections.ConfigDict, scale: int) -> ml_collections.Co
 def make_decoder(config: ml_collections.ConfigDict) -> tuple[HyperConvDecoder, Layout]:
     """Return a config's decoder, and the layout of the adapters that it generates, from the config alone."""
     layout = tokens.plan(spec_of_model(config.model.to_dict(), config.collect.rank, config.collect.target_modules))
-    return train.decoder_of(config, config.encoder.length, config.model.condition_width, layout.shape), layout
+    return decoder_of(config, config.encoder.length, config.model.condition_width, layout.shape), layout
 
 
 def size_of(decoder: HyperConvDecoder) -> dict[str, float]:

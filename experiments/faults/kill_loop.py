@@ -48,20 +48,24 @@ MESHES = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 
 TOLERANCE = {"parameters": 5e-6, "losses": 1e-6, "adapter": 1e-6}
 
 
+def command_of(name: str, mesh: tuple[int, ...]) -> tuple[list[str], dict[str, str]]:
+    """Return a station's command line after `python -m`, and what it changes of the environment."""
+    if name != "train":
+        return STATIONS[name][0], {"XLA_FLAGS": ""}
+    sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    return [*STATIONS[name][0], *sizes], {"XLA_FLAGS": f"--xla_force_host_platform_device_count={math.prod(mesh)}"}
+
+
 def start(folder: pathlib.Path, name: str, mesh: tuple[int, ...] = MESHES[0]) -> subprocess.Popen[str]:
     """Start a station in a folder, in a process group of its own."""
-    command = [sys.executable, "-m", *STATIONS[name][0]]
-    if name == "train":
-        command += [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
-    devices = f"--xla_force_host_platform_device_count={math.prod(mesh)}"
-    env = os.environ | {"PYTHONPATH": str(HERE), "XLA_FLAGS": devices if name == "train" else ""}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)
+    words, env = command_of(name, mesh)
+    return subprocess.Popen([sys.executable, "-m", *words], cwd=folder, env=os.environ | {"PYTHONPATH": str(HERE)} | env,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
     """Wait for a station; raise RuntimeError with what it said if it failed."""
-    said, _ = process.communicate()
+    said = "".join(filter(None, process.communicate()))
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, process.args))}: exit status {process.returncode}\n{said[-3000:]}")  # type: ignore[arg-type]
 
