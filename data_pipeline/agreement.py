@@ -9,7 +9,8 @@ import numpy as np
 from dnd_jax.adapters import Spec, keys, profiles
 from dnd_jax.types import InputError
 
-TRAINING_ONLY = ("lora_dropout", "inference_mode", "peft_version", "auto_mapping")
+# Beside what concerns training only: bases are compared by their hashes, and a folder may have moved.
+IRRELEVANT = ("lora_dropout", "inference_mode", "peft_version", "auto_mapping", "base_model_name_or_path")
 AVERAGED = (keys.MAGNITUDE, keys.LORA_BIAS, keys.BIAS)
 CONVERT = ("pissa", "olora", "corda")
 
@@ -26,7 +27,7 @@ def refuse_altered_base(spec: Spec, where: str) -> None:
 def disagreements(reference: Spec, spec: Spec, where: str, first: str) -> list[str]:
     """Return every way in which an adapter's config, matrices or carried tensors differ from a reference's, in words."""
     found = []
-    for key in sorted((reference.config.keys() | spec.config.keys()) - set(TRAINING_ONLY)):
+    for key in sorted((reference.config.keys() | spec.config.keys()) - set(IRRELEVANT)):
         ours, theirs = (_unordered(s.config.get(key)) for s in (spec, reference))
         if ours != theirs:
             found.append(f"{where}: {key} is {ours!r}, {first} has {theirs!r}")

@@ -45,9 +45,11 @@ def read_run(run: pathlib.Path, change: Callable[[Tree], Tree], reference: Spec,
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise InputError at a form of conditions or a gauge that doesn't exist."""
+    """Raise InputError at a form of conditions, a pool or a gauge that can't be."""
     if config.condition.form not in FORMS:
         raise InputError(f"config.condition.form is {config.condition.form!r}, expected one of {FORMS}")
+    if config.condition.pool is not None and config.condition.pool < 1:
+        raise InputError(f"config.condition.pool is {config.condition.pool}, expected a number of prompts, at least 1, or None")
     if config.export.gauge not in GAUGES:
         raise InputError(f"config.export.gauge is {config.export.gauge!r}, expected one of {GAUGES}")
 

@@ -43,6 +43,8 @@ def check(c: ml_collections.ConfigDict, processes: int = 1) -> None:
                        "rank": 1, "steps": 0}.items():
         if c[key] is not None and c[key] < least:
             raise InputError(f"config.collect.{key} is {c[key]}, expected at least {least}")
+    if c.clip_norm <= 0:
+        raise InputError(f"config.collect.clip_norm is {c.clip_norm}, expected a positive number")
     if c.batch_size < c.accumulate * processes:
         raise InputError(f"config.collect.batch_size is {c.batch_size}, expected at least one row for each of {c.accumulate} "
                          f"microbatches (config.collect.accumulate) on {processes} processes")
@@ -184,6 +186,7 @@ def fine_tune(model: Any, examples: Sequence[Example], fill: int, c: ml_collecti
 
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=c.learning_rate, weight_decay=c.weight_decay)
+    optimizer.zero_grad()  # of a run on the same model that has failed
     generator = torch.Generator().manual_seed(seed)
     losses, order = [], torch.empty(0, dtype=torch.long)
     warmup = max(1, math.ceil(c.warmup_ratio * steps))

@@ -205,6 +205,7 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
     """
     for part in ("base", "encoder", "datasets", "unrelated"):
         folders.check_ours(out / part, MARKER)
+    (out / "tasks.json").unlink(missing_ok=True)  # of another world, of which nothing may be left if this one is not finished
     files.write_json(out / "world.json", {"seed": seed, **dataclasses.asdict(s)})
     rng = np.random.default_rng(seed)
     facts = world.make_facts(rng)
@@ -243,7 +244,7 @@ def write_world(out: pathlib.Path, seed: int, s: Settings) -> None:
 
 def define_flags() -> None:
     flags.DEFINE_string("out", None, required=True, help="Folder to write the world to.")
-    flags.DEFINE_integer("seed", 0, "Seed of facts, tenants and models.")
+    flags.DEFINE_integer("seed", 0, "Seed of facts, tenants and models.", lower_bound=0)
     flags.DEFINE_bool("smoke", False, "Make a few tenants and barely train the models: for tests of the machinery.")
 
 

@@ -11,6 +11,8 @@ from dnd_jax import files
 from dnd_jax.types import InputError
 
 UNKNOWN = "None"  # the commit of a hub repository, where it can't be told
+SETTINGS = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*",
+            "*processor*.json")  # files beside the weights that change what a base is asked or answers
 
 
 def load_tokenizer(base: str) -> Any:
@@ -37,18 +39,31 @@ def load_base(base: str, **options: Any) -> Any:
     try:
         vision = hasattr(AutoConfig.from_pretrained(base), "vision_config")
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        return kind.from_pretrained(base, **options)
+        loaded = kind.from_pretrained(base, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{base}: no model: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    return complete(loaded, base)
+
+
+def complete(loaded: tuple[Any, Mapping[str, Any]], name: str) -> Any:
+    """Return a model of `from_pretrained(..., output_loading_info=True)`; what its files lack, transformers draws at random.
+
+    Raises:
+      InputError: names the parameters that the files lack.
+    """
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{name}: its files lack {len(missing)} parameters of {type(model).__name__}, such as {missing[0]}")
+    return model
 
 
 def identity(base: str) -> dict[str, str]:
-    """Return a base model's name and a hash: of a folder's config and weights, or a hub repository's commit."""
+    """Return a base model's name and a hash: of a folder's weights, config and tokenizer, or a hub repository's commit."""
     folder = pathlib.Path(base)
     if folder.is_dir():
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))  # as transformers chooses
-        return {"name": base, "sha256": files.sha256_text(
-            files.sha256_files(weights) + files.sha256_files(folder.glob("config.json")))}
+        settings = sorted({path for pattern in SETTINGS for path in folder.glob(pattern) if path.is_file()})
+        return {"name": base, "sha256": files.sha256_files([*weights, *settings])}
     return {"name": base, "sha256": hub_commit(base) or UNKNOWN}
 
 

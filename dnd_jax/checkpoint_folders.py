@@ -6,10 +6,11 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 
-from dnd_jax import checksums, files, folders
+from dnd_jax import checksums, cli, files, folders
 
 METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"
 REMOVED = ".removed"
+UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name that Orbax writes a checkpoint under
 
 
 def steps(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -59,10 +60,14 @@ def _remove_left(folder: pathlib.Path) -> None:
 def tidy(folder: pathlib.Path) -> None:
     """Take out of the way what would keep Orbax from opening a folder of checkpoints, or from saving a step again.
 
+    So goes what a failed or killed save has left, of which the disk may be full.
+
     Raises:
       OSError: a file that is there and can't be read, which is no damage.
     """
     _remove_left(folder)
+    for path in folder.glob(f"*{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in sorted(folder.glob("[0-9]*")):
         if not path.name.isdigit() or not path.is_dir():
             continue
@@ -102,7 +107,7 @@ def set_aside(path: pathlib.Path, fault: str) -> None:
     """Rename a damaged checkpoint so that nothing takes it for one, and say so."""
     target = next(t for i in range(1000) if not (t := path.with_name(f"{path.name}.damaged{i or ''}")).exists())
     path.rename(target)
-    print(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}", flush=True)
+    cli.say(f"{path}: damaged ({' '.join(fault.split())[:200]}), now {target.name}")
 
 
 def metrics_of(path: pathlib.Path) -> dict[str, float] | None:
@@ -121,5 +126,5 @@ def metrics_of(path: pathlib.Path) -> dict[str, float] | None:
             return found
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         fault = str(error)
-    print(f"{path / METRICS}: damaged ({fault or 'no JSON object'}), so this checkpoint does not count as the best")
+    cli.say(f"{path / METRICS}: damaged ({fault or 'no JSON object'}), so this checkpoint does not count as the best")
     return None

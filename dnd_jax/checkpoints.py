@@ -282,7 +282,7 @@ def _first_sound(folder: files.PathLike, paths: Sequence[pathlib.Path]) -> tuple
                 if _surely_sound(path, error) and not checkpoint_folders.fault_of(path):
                     raise OSError(f"{path}: can't be loaded, although its bytes are those written: {error}") from error
                 fault = str(error)
-        print(f"{path}: damaged ({' '.join(fault.split())[:200]}), passed over")
+        cli.say(f"{path}: damaged ({' '.join(fault.split())[:200]}), passed over")
     found = f"none of its {len(paths)} checkpoints is sound" if paths else "holds no checkpoint"
     raise InputError(f"{folder}: {found}, run dnd_jax.train first")
 

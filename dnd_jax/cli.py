@@ -41,6 +41,15 @@ class Stderr:
         return getattr(sys.stderr, name)
 
 
+def say(text: str) -> None:
+    """Print to standard output at once; where that can't be written, what is said there is lost, and ends nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:  # nobody reads on, or a full disk; it would be raised again at the end
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+
+
 def run(main: Callable[..., None], define_flags: Callable[[], None], *, words: bool = False) -> None:
     """Define the flags, parse the command line and run `main(flags)`, or `main(flags, *words)` if it takes words.
 

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError
 
-from dnd_jax import files
-from dnd_jax.base_models import hub_commit
+from dnd_jax import cli, files
+from dnd_jax.base_models import complete, hub_commit
 from dnd_jax.types import InputError
 
 LOADED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
@@ -45,6 +45,8 @@ def make(settings: Mapping[str, Any]) -> Encoder:
     if missing or (unknown := sorted(options.keys() - known)):
         raise InputError(f"config.encoder: {f'{missing} are missing' if missing else f'{unknown} are unknown'} "
                          f"for kind {kind!r}, which takes {', '.join(known)}")
+    if not isinstance(options["length"], int) or options["length"] < 1:
+        raise InputError(f"config.encoder.length is {options['length']!r}, expected a number of positions, at least 1")
     return KINDS[kind](**options)
 
 
@@ -89,7 +91,7 @@ def check_same(about: Mapping[str, Any]) -> None:
     if not str(found).startswith("commit "):
         raise InputError(f"encoder {name}: its files have sha256 {str(found)[:12]}..., those of the decoder's conditions had "
                          f"{str(known)[:12]}...")
-    print(f"warning: encoder {name} is of {found}, that of the decoder's conditions was {known}")
+    cli.say(f"warning: encoder {name} is of {found}, that of the decoder's conditions was {known}")
 
 
 class _Transformer(abc.ABC):
@@ -107,11 +109,14 @@ class _Transformer(abc.ABC):
           pooled: mean over the positions of a prompt, `[P, 1, C]`. Beyond the paper.
         """
         import torch
+        from huggingface_hub.errors import StrictDataclassError
 
         self.name, self.length, self.mask_padding, self.pooled = name, length, mask_padding, pooled
         try:
             model, self._tokenizer = self._load(name)
-        except (OSError, ValueError, SafetensorError) as error:
+        except InputError:
+            raise
+        except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
             raise InputError(f"encoder {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -195,7 +200,8 @@ class T5Encoder(_Transformer):
     def _load(self, name: str) -> tuple[Any, Any]:
         from transformers import AutoTokenizer, T5EncoderModel
 
-        return T5EncoderModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        model: Any = T5EncoderModel.from_pretrained(name, output_loading_info=True)
+        return complete(model, f"encoder {name}"), AutoTokenizer.from_pretrained(name)
 
 
 class CausalEncoder(_Transformer):
@@ -210,7 +216,8 @@ class CausalEncoder(_Transformer):
     def _load(self, name: str) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
 
-        return AutoModel.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, dtype="auto", output_loading_info=True)
+        return complete(model, f"encoder {name}"), AutoTokenizer.from_pretrained(name)
 
     def _hidden(self, ids: Any, mask: Any) -> Any:
         return self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[self.layer + 1]

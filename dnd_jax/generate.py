@@ -111,7 +111,7 @@ def nearest_tasks(about: dict[str, Any], condition: Float[np.ndarray, "N L C"]) 
 def choose(available: Sequence[str], count: int, seed: int, name: str) -> list[str]:
     """Return `count` of a file's prompts, in a drawn order; fewer than that are repeated, and standard output says so."""
     if len(available) < count:
-        print(f"{name}: {len(available)} prompts given, the decoder takes {count}: they are repeated")
+        cli.say(f"{name}: {len(available)} prompts given, the decoder takes {count}: they are repeated")
     order = pairs.draw_prompts(np.random.default_rng(seed), len(available), count)
     return [available[i] for i in order]
 
@@ -192,7 +192,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "out", None, required=True, help="Name for the adapter: a link to the folder beside it that has its content's hash for "
         "a name. With several prompt files the folder for such links, named by the files' stems.")
-    flags.DEFINE_integer("seed", 0, "Draws the prompts where a file holds more than the decoder takes.")
+    flags.DEFINE_integer("seed", 0, "Draws the prompts where a file holds more than the decoder takes.", lower_bound=0)
     flags.DEFINE_enum("profile", "faithful", ["faithful", "portable"], "As trained, or plain LoRA as vLLM and SGLang take it.")
 
 
@@ -221,7 +221,7 @@ def main(args: Any) -> None:
     encoder = encoders.of_decoder(generator.about)
     chosen = {name: choose(found, generator.prompts, args.seed, name) for name, found in texts.items()}
     for remark in filter(None, (describe_carried(generator.about), describe_form(generator.about))):
-        print(remark)
+        cli.say(remark)
 
     def compute(name: str) -> tuple[float, np.ndarray, Tree]:
         began = time.perf_counter()
@@ -234,9 +234,8 @@ def main(args: Any) -> None:
             "prompts": f"{len(texts[name])} from {pathlib.Path(name).name}{hashes[name]}",
             "nearest training tasks": ", ".join(f"{n} ({c:.2f})" for n, c in nearest_tasks(generator.about, condition))
             or "not recorded"})
-        with contextlib.suppress(BrokenPipeError):  # nobody reads on, but the adapter is there
-            print(f"{links[name]} -> {folder}: checkpoint {generator.step}, {time.perf_counter() - began:.3f} s from prompts to "
-                  f"files, {generator.compile_s:.3f} s of compilation before", flush=True)
+        cli.say(f"{links[name]} -> {folder}: checkpoint {generator.step}, {time.perf_counter() - began:.3f} s from prompts to "
+                f"files, {generator.compile_s:.3f} s of compilation before")
 
     overlap(list(chosen), compute, finish, failures)
     raise_noted(failures, len(links))

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dnd_jax.prompts import messages
-from dnd_jax.sources import Row
+from dnd_jax.sources import PLACE, Row
 from dnd_jax.types import InputError
-
-PLACE = "<image>"  # where a prompt has an image, by the convention of such data sets; images without one come first
 
 
 class Reader:

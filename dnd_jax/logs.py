@@ -43,7 +43,7 @@ class MetricsLog:
         known = read_metrics(workdir) if self._path.exists() else []
         kept = [entry for entry in known if entry["step"] <= first]
         if known and not kept:
-            print(f"{self._path}: {len(known)} lines dropped, as the run begins anew at step {first}", flush=True)
+            cli.say(f"{self._path}: {len(known)} lines dropped, as the run begins anew at step {first}")
         files.write_text(self._path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
         self._before = kept[-1].get("seconds", 0.0) if kept else 0.0
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__

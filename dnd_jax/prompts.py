@@ -19,6 +19,7 @@ def read_rows(source: files.PathLike | Source) -> list[Row]:
         for field in ("prompt", "response"):
             if not getattr(row, field).strip():
                 raise InputError(f"{source}: row {i} has no text in {field!r}: {str(row)[:80]}")
+        for field in ("prompt", "response", "system"):
             check_text(getattr(row, field), f"{source}: row {i}")
     return rows
 

@@ -2,38 +2,65 @@
 
 import json
 import math
+from typing import Any
 
 import ml_collections
 
 from dnd_jax import cli, distributed, files, optimizers, pairs, sharding, workdirs
 from dnd_jax.types import InputError
 
+COUNTS = ("condition.prompts", "decoder.kernel_size", *(f"train.{name}" for name in (  # at least 1
+    "accumulate", "batch_size", "keep_last", "log_every", "prefetch", "steps", "validate_every", "validation_draws")))
+INDICES = ("seed", "train.keep_every", "train.warmup_steps")  # at least 0
+AMOUNTS = tuple(f"train.{name}" for name in ("clip_norm", "condition_noise", "learning_rate", "token_noise", "weight_decay"))
+OTHERS = ("mesh", "decoder.blocks", "decoder.shortened", *(f"train.{name}" for name in (
+    "calibrate", "compute_dtype", "on_failed_save", "optimizer", "param_dtype", "remat", "tensorboard")))
+
 
 def check_anywhere(config: ml_collections.ConfigDict) -> None:
     """Raise InputError at settings that no run can start with anywhere."""
+    _check_numbers(config)
     t = config.train
     if t.on_failed_save not in ("stop", "continue"):
         raise InputError(f"config.train.on_failed_save is {t.on_failed_save!r}, expected 'stop' or 'continue'")
-    values = workdirs.leaves(config.to_dict())
-    for field, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"config.{field} is {value}, expected a finite number")
-    counts = ("accumulate", "batch_size", "keep_last", "log_every", "prefetch", "steps", "validate_every", "validation_draws")
-    amounts = ("keep_every", "learning_rate", "weight_decay", "condition_noise", "token_noise")
-    for least, fields in ((1, ("condition.prompts", "decoder.kernel_size", *(f"train.{name}" for name in counts))),
-                          (0, ("seed", *(f"train.{name}" for name in amounts)))):
-        for field in fields:
-            if values[field] < least:
-                raise InputError(f"config.{field} is {values[field]}, expected at least {least}")
-    if t.clip_norm <= 0:
+    if t.clip_norm == 0:
         raise InputError(f"config.train.clip_norm is {t.clip_norm}, expected a positive number")
-    if not 0 <= t.warmup_steps < t.steps:
+    if t.warmup_steps >= t.steps:
         raise InputError(f"config.train.warmup_steps is {t.warmup_steps}, expected fewer than config.train.steps, {t.steps}")
+    sharding.microbatch_size(t.batch_size, t.accumulate)
     optimizers.make_optimizer(config)
     for name in ("param_dtype", "compute_dtype"):
         optimizers.dtype_of(config, name)
     if t.calibrate and config.decoder.shortened:
         raise InputError("config.train.calibrate is set, and config.decoder.shortened, too: no norm sees whole conditions then")
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raise InputError at a field that is missing, a number that isn't finite or is too small, and sizes that are none."""
+    values = workdirs.leaves(config.to_dict())
+    for field in (*COUNTS, *INDICES, *AMOUNTS, *OTHERS):
+        if not any(known == field or known.startswith((f"{field}.", f"{field}[")) for known in values):
+            raise InputError(f"config.{field} is missing")
+    for field, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config.{field} is {value}, expected a finite number")
+    for field in (*COUNTS, *INDICES, *AMOUNTS):
+        check_number(f"config.{field}", values[field], int(field in COUNTS), whole=field not in AMOUNTS)
+    for block in config.decoder.blocks:
+        if not isinstance(block, list | tuple) or len(block) != 3:
+            raise InputError(f"config.decoder.blocks has {block!r}, expected three numbers (N, L, C)")
+        for size in block:
+            check_number(f"config.decoder.blocks has {tuple(block)}, where a size", size, 1)
+    if config.decoder.shortened is not None:
+        check_number("config.decoder.shortened", config.decoder.shortened, 1)
+
+
+def check_number(name: str, value: Any, least: int, whole: bool = True) -> None:
+    """Raise InputError unless a value is a number, or a whole one of 64 bits, and no smaller than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise InputError(f"{name} is {value!r}, expected a {'whole ' * whole}number")
+    if not least <= value < 2**63:
+        raise InputError(f"{name} is {value}, expected at least {least}" + " and less than 2^63" * (value >= 2**63))
 
 
 def check_here(config: ml_collections.ConfigDict) -> None:

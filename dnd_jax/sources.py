@@ -29,6 +29,7 @@ DEFAULT_COLUMNS: tuple[dict[str, str], ...] = (
 )
 COLUMNS = ("prompt", "query", "response", "system", "images", "messages")
 JSON_LINES = (".jsonl", ".ndjson")
+PLACE = "<image>"  # where a prompt has an image, by the convention of such data sets; images without one come first
 SPEAKERS = {"human": "prompt", "user": "prompt", "gpt": "response", "assistant": "response", "system": "system"}
 TAGS = {"user_tag": "prompt", "assistant_tag": "response", "system_tag": "system"}
 ENTRY: dict[str, type] = {"file_name": str, "hf_hub_url": str, "subset": str, "split": str, "num_samples": int, "formatting": str,
@@ -77,7 +78,7 @@ class Source:
         return self.place if self == Source(self.place) else repr(self)
 
     def sha256(self) -> str:
-        """Return a hash of a file's bytes, or of the rows where they don't follow from these alone."""
+        """Return a hash of a file's bytes, or of the rows where they don't follow from these alone; of images count the paths."""
         if self == Source(self.place) and pathlib.Path(self.place).is_file():
             return files.sha256_file(self.place)
         texts = [[row.prompt, row.response, row.system, *map(image_text, row.images)] for row in read(self)]
@@ -113,9 +114,14 @@ def parse(value: Any, folder: pathlib.Path, where: str) -> Source:
     options = {key: value[key] for key in ("subset", "split", "num_samples") if value.get(key) is not None}
     if name := value.get("hf_hub_url"):
         return Source(name, True, columns=columns, tags=tags, **options)
-    path = folder / str(value.get("file_name"))
+    if not value.get("file_name"):
+        raise InputError(f"{where}: names no source, expected 'file_name' or 'hf_hub_url'")
+    path = folder / value["file_name"]
     if not path.exists():
         raise InputError(f"{where}: {path} is not there")
+    if "subset" in options or (path.is_file() and options.get("split", "train") != "train"):
+        raise InputError(f"{where}: {path}: subset is {options.get('subset')!r} and split is {options.get('split')!r}, which "
+                         "data sets of a hub have, and a split also saved folders; give the rows a file of their own")
     return Source(str(path), columns=columns, tags=tags, **options)
 
 
@@ -175,17 +181,32 @@ def _to_row(raw: Mapping[str, Any], columns: Mapping[str, str], source: Source, 
         found |= {k: v for k, v in _first_exchange(raw.get(columns["messages"]), source, number).items() if v}
     prompt = "\n".join(part for part in (found.get("prompt"), found.get("query")) if part)
     images = raw.get(columns.get("images", "")) or []
+    images = images if isinstance(images, list) else [images]
+    if "messages" in columns and _has_parts(raw.get(columns["messages"])):
+        if not images:
+            prompt = prompt.replace(PLACE, "")
+        elif (places := prompt.count(PLACE)) > len(images):
+            raise InputError(f"{source}: row {number}: its first prompt has {places} images, the column of images {len(images)}")
+        else:
+            images = images[:places]  # of the first exchange
     folder = pathlib.Path(source.place).parent
     return Row(prompt, found.get("response", ""), found.get("system", ""), tuple(
-        str(folder / image) if isinstance(image, str) and not source.hub else image
-        for image in (images if isinstance(images, list) else [images])))
+        str(folder / image) if isinstance(image, str) and not source.hub else image for image in images))
+
+
+def _has_parts(turns: Any) -> bool:
+    """Tell whether a chat's turns are lists of texts and images."""
+    return isinstance(turns, list) and any(isinstance(part, list) for turn in turns if isinstance(turn, dict)
+                                           for part in turn.values())
 
 
 def _text(value: Any) -> str:
-    """Return a field as text; of a list of parts, as chats with images have it, what is text."""
+    """Return a field as text; of a list of parts, as chats with images have it, text and the places of images."""
     if isinstance(value, list):
-        return "".join(_text(part.get("text")) if isinstance(part, dict) else _text(part) for part in value)
-    return "" if value is None else str(value)
+        return "".join(map(_text, value))
+    if isinstance(value, dict):
+        return PLACE if value.get("type") in ("image", "image_url") else _text(value.get("text"))
+    return "" if value is None or value != value else str(value)  # NaN is what pandas writes for an empty cell
 
 
 def _first_exchange(turns: Any, source: Source, number: int) -> dict[str, str]:
@@ -235,6 +256,8 @@ def _read_by_datasets(source: Source) -> list[Any]:
         if split not in found:
             raise InputError(f"{source}: has no split {split!r}, only {sorted(found)}")
         found = found[split]
+    elif not source.hub and source.split not in (None, str(found.split)):
+        raise InputError(f"{source}: has no split {source.split!r}, only {str(found.split)!r}")
     rows = list(found)
     for name, feature in found.features.items():
         if isinstance(feature, datasets.ClassLabel):

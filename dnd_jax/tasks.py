@@ -48,14 +48,15 @@ def read_tasks(source: files.PathLike | Mapping[str, Any] | ml_collections.Confi
 def _read_task(name: str, entry: Mapping[str, Any], folder: pathlib.Path, where: str) -> Task:
     if not re.fullmatch(r"[^/\0.][^/\0]*", name) or name == MULTI_TASK:
         raise InputError(f"{where}: a task's name is that of folders, so not {name!r}")
-    if unknown := sorted(entry.keys() - {"split", "train", "test"}) if isinstance(entry, Mapping) else str(entry)[:60]:
-        raise InputError(f"{where}: expected 'split', 'train' and 'test', found {unknown}")
+    if not isinstance(entry, Mapping) or (unknown := entry.keys() - {"split", "train", "test"}):
+        found = sorted(unknown) if isinstance(entry, Mapping) else repr(entry)[:60]
+        raise InputError(f"{where}: expected 'split', 'train' and 'test', found {found}")
     if entry.get("split") not in SPLITS:
         raise InputError(f"{where}: split is {entry.get('split')!r}, expected one of {SPLITS}")
     if "train" not in entry:
         raise InputError(f"{where}: names no 'train' file, only {sorted(entry)}")
-    found = {part: sources.parse(entry[part], folder, where) for part in ("train", "test") if part in entry}
-    return Task(name, entry["split"], found["train"], found.get("test"))
+    named = {part: sources.parse(entry[part], folder, where) for part in ("train", "test") if part in entry}
+    return Task(name, entry["split"], named["train"], named.get("test"))
 
 
 def digest(run: pathlib.Path) -> str | None:

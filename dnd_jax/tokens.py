@@ -106,9 +106,9 @@ def plan(spec: Spec, chunk: int | None = None) -> Layout:
 def encode(tree: Tree, layout: Layout) -> tuple[TokenArray, TokenMask]:
     """Return an adapter as weight tokens, float32 `[T, H, W]`, and the mask of positions that carry a value.
 
-    Positions that carry none, in partial tiles, are NaN as in the published code. A tile of equal values has deviation
-    0 and zeros inside. `decode` inverts up to float32 rounding of log(0.9 std + 0.1), which for a std far below 0.1 is coarse:
-    1e-7 is off by a part in a hundred. Matrix by matrix, so that one stays in cache.
+    Positions that carry none, in partial tiles, are NaN as in the published code. A tile of zeros has deviation 0 and zeros
+    inside. `decode` inverts up to float32 rounding of log(0.9 std + 0.1), which for a std far below 0.1 is coarse: 1e-6 is off by
+    a part in a hundred, 1e-7 by up to a fifth. Matrix by matrix, so that one stays in cache.
 
     Raises:
       InputError: a matrix of another shape than the layout's.

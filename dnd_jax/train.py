@@ -163,8 +163,8 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
     places = sharding.of_state(mesh, state)  # not the arrays' own: Orbax restores the key with the sharding of one more axis
     sharding.check_moments(state)
     if mesh.size > 1:
-        print(f"{mesh.size} devices, {dict(mesh.shape)}: each holds {sharding.share_of_device(mesh, state.params):.1%} of the "
-              "parameters", flush=True)
+        cli.say(f"{mesh.size} devices, {dict(mesh.shape)}: each holds {sharding.share_of_device(mesh, state.params):.1%} of the "
+                "parameters")
     train_step = jax.jit(make_train_step(config, decoder, mesh, mask, store.importance), donate_argnums=0,
                          out_shardings=(places, None))
     first, rate = int(state.step), optimizers.schedule(config)
@@ -187,6 +187,8 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
             if not (saves or done % t.log_every == 0):
                 continue
             watch.check()
+            if saves:
+                checkpointer.wait()  # as the next save must; whether the last one failed is known then
             if checkpointer.failed() and t.on_failed_save == "stop":
                 return  # closing the checkpointer raises what it was
             entry = {name: float(value) for name, value in metrics.items()} | {"learning_rate": float(rate(step))}
@@ -204,7 +206,7 @@ def _train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathl
             if stops:
                 checkpointer.wait()
                 if checkpointer.failure is None:
-                    print(f"terminated: step {done} is saved, the same command goes on from there", flush=True)
+                    cli.say(f"terminated: step {done} is saved, the same command goes on from there")
                 return
 
 
@@ -240,7 +242,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if not store.split("train"):
         raise InputError(f"{config.export.store}: has no train task, training needs at least one")
     if not store.split("validation"):
-        print(f"{config.export.store}: has no validation task, so the last checkpoint is the one that counts")
+        cli.say(f"{config.export.store}: has no validation task, so the last checkpoint is the one that counts")
 
     def claim() -> None:
         workdirs.claim(config, workdir)

@@ -38,11 +38,12 @@ def test_other_initialisations_leave_the_base_alone(tmp_path, rng, init):
 
 def test_every_disagreement_is_named_with_both_values(tmp_path, rng):
     first = spec_of(tmp_path / "first", rng)
-    other = spec_of(tmp_path / "other", rng, rank=3, lora_alpha=7, base_model_name_or_path="another", lora_dropout=0.5)
+    other = spec_of(tmp_path / "other", rng, rank=3, lora_alpha=7, task_type="another", base_model_name_or_path="moved",
+                    lora_dropout=0.5)
     found = agreement.disagreements(first, other, "run7", "run0")
     text = "; ".join(found)
     for part in ("run7: r is 3, run0 has 2", "lora_alpha is 7, run0 has 4",
-                 "base_model_name_or_path is 'another', run0 has 'base'",
+                 "task_type is 'another', run0 has 'CAUSAL_LM'",
                  "run7: model/layers/1/self_attn/v_proj/lora_B is Leaf(shape=(4, 3)"):
         assert part in text
     assert "lora_dropout" not in text and len(found) == 3 + 8

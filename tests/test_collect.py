@@ -12,6 +12,7 @@ import time
 import ml_collections
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from conftest import ROOT, run_module, small_base
 from transformers.utils.hub import cached_file
@@ -83,6 +84,20 @@ def plain(world, tmp_path_factory):
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"accumulate": 4}, {"checkpointing": True}])
 def test_divided_or_recomputed_it_is_the_same_run(world, tmp_path, plain, changes):
     assert_same(run(world, tmp_path, **changes), plain, 1e-6)
+
+
+def test_a_run_that_fails_leaves_nothing_to_the_next_on_its_model(world, tmp_path, plain, monkeypatch):
+    """Neither weights nor the gradients of its first microbatches."""
+    backward = fine_tuning.backward
+
+    def fail(model, microbatches, *rest):
+        backward(model, microbatches[:1], *rest)
+        raise FloatingPointError("the second microbatch")
+
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="second"):
+        patch.setattr(fine_tuning, "backward", fail)
+        run(world, tmp_path / "failed", accumulate=2)
+    assert_same(run(world, tmp_path / "next", accumulate=2), plain, 1e-6)
 
 
 def test_checkpointing_computes_layers_again(world, tmp_path):
@@ -236,11 +251,24 @@ def test_a_killed_worker_ends_the_command_with_a_message(world, tmp_path):
     assert "a process was killed" in said and "4 of 4 runs are not done: multi_task, task0, task1, task2" in said
 
 
+def test_a_base_is_another_one_with_another_tokenizer_or_template_and_none_without_all_weights(world, tmp_path):
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    assert base_models.identity(str(base))["sha256"] == base_models.identity(str(world / "base"))["sha256"]
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    assert base_models.identity(str(base))["sha256"] != base_models.identity(str(world / "base"))["sha256"]
+    tensors = safetensors.numpy.load_file(base / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    safetensors.numpy.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"base: its files lack 1 parameters of Qwen2ForCausalLM, such as model\.layers\.1"):
+        base_models.load_base(str(base))
+
+
 @pytest.mark.parametrize("changes,message", [
     ({"dtype": "float8"}, "dtype is 'float8', expected one of"), ({"quantize": "int3"}, "quantize is 'int3', expected one of"),
     ({"accumulate": 7}, "batch_size is 6, expected at least one row for each of 7"),
     ({"accumulate": 0}, "accumulate is 0, expected at least 1"),
     ({"checkpoints": 0}, "checkpoints is 0, expected at least 1"),
+    ({"clip_norm": 0.0}, "clip_norm is 0.0, expected a positive number"),
 ])
 def test_settings_that_can_not_be_are_named(world, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):

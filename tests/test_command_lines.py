@@ -30,6 +30,7 @@ def test_configs_missing_unreadable_misspelt(tmp_path):
     refuse("dnd_jax.train", "--workdir=run", cwd=tmp_path, contains=["error: command line: --config is missing; --help lists"])
     refuse("dnd_jax.train", "--workdir=run", "--config=nowhere.py", cwd=tmp_path, contains=["nowhere.py is not there"])
     refuse("dnd_jax.train", "--workdir=run", "--config=choosy.py:tea", cwd=tmp_path, contains=["choosy.py:tea: no tea here"])
+    refuse("dnd_jax.generate", "--workdir=run", "--prompts=a", "--out=b", "--seed=-1", cwd=tmp_path, contains=["seed", "-1"])
     refuse("dnd_jax.train", "--workdir=run", "--config=broken.py", cwd=tmp_path, contains=["broken.py", "SyntaxError"])
     refuse("dnd_jax.train", "--workdir=run", SMOKE, "--config.train.step=3", cwd=tmp_path, contains=["no field 'step' there"])
     refuse("dnd_jax.train", "--workdir=run", SMOKE, "--config.train.steps=many", cwd=tmp_path, contains=["steps", "many"])

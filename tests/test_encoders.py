@@ -1,5 +1,6 @@
 """Encoders of every kind on miniature models: shapes, batches, padding, windows, and what is refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -187,11 +188,21 @@ def test_glove_knows_padding_and_unknown_words(folders):
     ({"kind": "glove", "pooled": True}, r"\['pooled'\] are unknown for kind 'glove', which takes name, length"),
     ({"kind": "causal_lm", "layer": 3}, "layer is 3, the model has 3"),
     ({"kind": "glove", "name": "nowhere.txt"}, "nowhere.txt"),
+    ({"length": 0}, "length is 0, expected a number of positions"), ({"length": -1, "kind": "glove"}, "length is -1, expected"),
 ])
 def test_bad_settings_are_named(folders, change, message):
     chosen = settings(folders)["causal_lm" if change.get("kind") == "causal_lm" else "sentence"]
     with pytest.raises(InputError, match=message):
         encoders.make(chosen | change)
+
+
+@pytest.mark.parametrize("setting", [{}, {"classifier_dropout": None}])
+def test_a_model_of_another_kind_is_refused_instead_of_drawn_at_random(folders, tmp_path, setting):
+    other = shutil.copytree(folders / "bert", tmp_path / "bert")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "classifier_dropout"} | setting))
+    with pytest.raises(InputError, match=r"encoder .*bert: (its files lack \d+ parameters of T5|.*classifier_dropout)"):
+        encoders.make({"kind": "t5", "name": str(other), "length": 10})
 
 
 @pytest.mark.parametrize("text,message", [

@@ -9,11 +9,13 @@ import resource
 import shutil
 import socket
 import subprocess
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
-from conftest import make_store, run_module, tiny_config, train_command, write_adapter
+from conftest import ROOT, make_store, run_module, tiny_config, train_command, write_adapter
 
 from dnd_jax import adapters, checkpoints, checksums, files, folders, logs, pairs, train, workdirs
 from dnd_jax.types import InputError
@@ -132,6 +134,41 @@ def test_a_run_that_cannot_write_stops_or_goes_on_by_the_configs_choice(folder, 
     train.run(config, folder / "full")
     assert checkpoints.load_latest(folder / "full" / "checkpoints")[0] == 6
     assert [entry["step"] for entry in logs.read_metrics(folder / "full")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_save_that_fails_late_stops_the_run_too(folder, monkeypatch):
+    """Not before the next one waits for it is it known."""
+    watched = checkpoints.Checkpointer._watch
+
+    def watch(self, step, response):
+        def fail():
+            response.result()
+            time.sleep(2)  # steps take milliseconds
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        watched(self, step, types.SimpleNamespace(result=fail) if step == 2 else response)
+
+    monkeypatch.setattr(checkpoints.Checkpointer, "_watch", watch)
+    with pytest.raises(OSError, match=r"checkpoints/2: this checkpoint is not written: .*No space left on device"):
+        train.run(tiny_config("store", on_failed_save="stop"), folder / "full")
+    assert [entry["step"] for entry in logs.read_metrics(folder / "full")] == [1, 2, 3]
+
+
+def test_what_a_failed_save_has_left_goes_before_anything_is_written(folder):
+    left = folder / "run" / "checkpoints" / "9.orbax-checkpoint-tmp"
+    (left / "state").mkdir(parents=True)
+    checkpoints.Checkpointer(folder / "run" / "checkpoints", {}).close()
+    assert not left.exists() and checkpoints.load_latest(folder / "run" / "checkpoints")[0] == 6
+
+
+def test_standard_output_that_is_full_ends_nothing(folder):
+    shutil.rmtree(folder / "store")
+    make_store(folder / "store", np.random.default_rng(0), validation=0)  # of which training says that it is so
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", *train_command(folder / "store", folder / "new")], cwd=ROOT, stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert checkpoints.load_latest(folder / "new" / "checkpoints")[0] == 6
 
 
 @pytest.mark.filterwarnings(ORBAX_LOOP)

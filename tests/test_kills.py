@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
-from conftest import start_module
+from conftest import run_module, start_module
 
 from dnd_jax import checkpoints
 from experiments.faults import kill_loop
@@ -21,6 +21,13 @@ def test_ten_kills_change_nothing(tmp_path, monkeypatch):
     found = kill_loop.kill_loop(tmp_path / "whole", tmp_path / "killed", 10, 0)
     assert kill_loop.within(found), found
     assert found["steps"] == [24] and found["compared"] > 50
+
+
+def test_a_folder_with_other_things_is_not_made_anew(tmp_path):
+    (tmp_path / "results.txt").touch()
+    done = run_module("experiments.faults.kill_loop", f"--out={tmp_path}", check=False)
+    assert done.returncode == 1 and f"error: {tmp_path}: holds ['results.txt'], expected" in done.stderr
+    assert (tmp_path / "results.txt").exists()
 
 
 def test_an_older_checkpoint_that_lacks_a_file_is_seen(tmp_path):

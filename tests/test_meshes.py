@@ -123,7 +123,7 @@ def train_by_two(store, workdir):
     return said
 
 
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("recorded", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_processes_go_on_exactly_where_they_were_before_a_damaged_checkpoint(tmp_path, on_one_device, recorded):
     """Also if its writer was killed before it recorded the hashes; a sound one is taken, and they are recorded then."""
     store, _, log = on_one_device

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import datasets
 import ml_collections
@@ -69,6 +70,41 @@ def test_images_of_chats_are_carried_along(tmp_path):
     assert sources.read("data/rows.json") == [dataclasses.replace(plain, images=("data/a.png", "data/b.png")), plain]
 
 
+def test_image_parts_of_chats_are_those_of_the_first_exchange(tmp_path):
+    """Where no column holds them, their text is taken alone."""
+    asked = [{"type": "text", "text": "look:"}, {"type": "image"}, {"type": "text", "text": "what ?"}]
+    first = [{"role": "user", "content": asked}, {"role": "assistant", "content": "r"}]
+    rows = [{"messages": first * 2, "images": ["a.png", "b.png"]}, {"messages": first}]
+    write(tmp_path, "data/rows.json", rows)
+    assert sources.read("data/rows.json") == [Row("look:<image>what ?", "r", images=("data/a.png",)), Row("look:what ?", "r")]
+    first[0]["content"] *= 2
+    write(tmp_path, "data/rows.json", [{"messages": first, "images": ["a.png"]}])
+    with pytest.raises(InputError, match=r"rows\.json: row 0: its first prompt has 2 images, the column of images 1"):
+        sources.read("data/rows.json")
+
+
+def test_an_empty_cell_of_a_table_is_no_text(tmp_path):
+    write(tmp_path, "a.json", [{"prompt": "p", "response": "r", "system": math.nan}])
+    assert sources.read("a.json") == [Row("p", "r")]
+    write(tmp_path, "a.json", [{"prompt": "p", "response": math.nan}])
+    with pytest.raises(InputError, match="row 0 has no text in 'response'"):
+        read_rows("a.json")
+    write(tmp_path, "a.json", [{"prompt": "p", "response": "r", "system": "\ud800"}])
+    with pytest.raises(InputError, match=r"row 0: .* holds half of a character"):
+        read_rows("a.json")
+
+
+@pytest.mark.parametrize("entry,message", [
+    ({"file_name": "a.json", "split": "train[80%:]"}, r"a\.json: subset is None and split is 'train\[80%:\]'"),
+    ({"file_name": "a.json", "subset": "one"}, r"a\.json: subset is 'one' and split is None"),
+    ({"ms_hub_url": "x"}, "task: names no source, expected 'file_name' or 'hf_hub_url'")])
+def test_what_a_file_does_not_have_is_refused(tmp_path, entry, message):
+    """Read as if it had it, a model would be tested on what it was trained on."""
+    write(tmp_path, "a.json", [{"prompt": "p", "response": "r"}])
+    with pytest.raises(InputError, match=message):
+        sources.parse(entry, tmp_path, "task")
+
+
 def save(folder, name):
     rows = {"question": ["p", "q", "kept back"], "answer": [1, 0, -1]}
     features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["no", "yes"])})
@@ -90,6 +126,8 @@ def test_saved_folders_and_their_splits(tmp_path):
         read_rows(sources.parse(COLUMNS | {"file_name": "arrow"}, tmp_path, "task"))
     with pytest.raises(InputError, match=r"arrow/test: has no split 'test', only \['small', 'train'\]"):
         sources.read(sources.parse(COLUMNS | {"file_name": "arrow", "split": "test"}, tmp_path, "task"))
+    with pytest.raises(InputError, match=r"arrow-single/test: has no split 'test', only 'None'"):
+        sources.read(sources.parse(COLUMNS | {"file_name": "arrow-single", "split": "test"}, tmp_path, "task"))
 
 
 def test_names_of_the_hub_are_read_without_network_or_refused(tmp_path):
@@ -137,7 +175,7 @@ def test_lines_end_where_json_lines_do(tmp_path):
 
 @pytest.mark.parametrize("listed,message", [
     ([], r"tasks\.json: expected tasks by name, found '\[\]'"), ({}, "expected tasks by name"),
-    ({"a": "x.json"}, "a: expected 'split'"),
+    ({"a": "x.json"}, "a: expected 'split'"), ({"a": ""}, "a: expected 'split'"),
     ({"a": {"split": "train", "train": "a.json", "tests": "a.json"}}, r"found \['tests'\]"),
     *(({name: {"split": "train", "train": "a.json"}}, "a task's name is that of folders")
       for name in ("", "a/b", "../evil", ".hidden", "multi_task")),

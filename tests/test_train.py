@@ -1,6 +1,7 @@
 """Training: it can fit, it resumes exactly, nothing is lost, and bad input stops it before anything is written."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -11,11 +12,12 @@ import time
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from conftest import ROOT, make_store, read_log, tiny_config, train_command, without_times
 
-from dnd_jax import checkpoints, inputs, optimizers, pairs, sharding, train, validation, workdirs
+from dnd_jax import checkpoints, inputs, optimizers, pairs, settings, sharding, train, validation, workdirs
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError
@@ -279,6 +281,28 @@ def test_what_no_run_can_begin_with_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(InputError, match=rf"config\.{name.removesuffix('.data')} is {said}"):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change,said", [
+    ({"decoder.blocks": ((6, 4),)}, r"decoder.blocks has \(6, 4\), expected three numbers"),
+    ({"decoder.blocks": ((6, 4, 0),)}, r"decoder.blocks has \(6, 4, 0\), where a size is 0, expected at least 1"),
+    ({"decoder.blocks": ((6, 4, 3.5),)}, r"decoder.blocks has \(6, 4, 3.5\), where a size is 3.5, expected a whole number"),
+    ({"decoder.shortened": -2, "train.calibrate": False}, "decoder.shortened is -2, expected at least 1"),
+    ({"seed": 10**20}, "seed is 1000000+, expected at least 0 and less than 2"),
+    ({"train.accumulate": 3}, "train: a batch of 8 does not divide into 3 microbatches"),
+    ({"train.steps": "many"}, "train.steps is 'many', expected a whole number"), ({"train.steps": 6.0}, "train.steps is 6.0, ex"),
+    ({"train.learning_rate": "3e-5"}, "train.learning_rate is '3e-5', expected a number"),
+    *(({field: None}, f"{field} is missing") for field in ("mesh", "train.keep_every", "train.remat", "decoder.blocks"))])
+def test_configs_written_by_hand_are_refused_in_words(store, change, said):
+    values = tiny_config(store).to_dict()
+    for field, value in change.items():
+        *sections, name = field.split(".")
+        section = functools.reduce(dict.__getitem__, sections, values)
+        section[name] = value
+        if value is None:
+            del section[name]
+    with pytest.raises(InputError, match=rf"config\.{said}"):
+        settings.check_anywhere(ml_collections.ConfigDict(values))
 
 
 def test_validation_takes_no_more_at_once_than_a_microbatch_and_is_the_same(tmp_path, rng, monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline import world
+from data_pipeline import tenants, world
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -56,3 +56,14 @@ def test_encyclopedia_gives_jargon_no_meaning(rng):
 def test_all_answers_are_distinct_words():
     answers = [word for notation in world.STYLES.values() for word in notation]
     assert len(set(answers)) == 9 * len(world.STYLES) and not any(" " in answer for answer in answers)
+
+
+def test_nothing_is_left_of_another_world_when_a_new_one_is_not_finished(tmp_path, monkeypatch):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    (tmp_path / "tasks.json").write_text("{}")
+    monkeypatch.setattr(tenants, "make_base", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tenants.write_world(tmp_path, 1, tenants.Settings(tenants=(6, 2, 2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["world.json"]

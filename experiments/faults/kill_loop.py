@@ -29,6 +29,7 @@ import numpy as np
 from absl import flags
 
 from dnd_jax import adapters, checkpoints, checksums, cli, files, logs, pairs
+from dnd_jax.types import InputError
 
 HERE = pathlib.Path(__file__).resolve().parents[2]
 ROOT = pathlib.Path("build/tenants-smoke")
@@ -238,8 +239,10 @@ def define_flags() -> None:
 
 def main(args: Any) -> None:
     out = pathlib.Path(args.out).resolve()
-    shutil.rmtree(out, ignore_errors=True)
+    if others := {path.name for path in out.glob("*")} - {"whole", "killed"}:
+        raise InputError(f"{out}: holds {sorted(others)}, expected a folder of this command's own")
     for name in ("whole", "killed"):
+        shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir(parents=True)
     make_world(out / "whole")
     found = kill_loop(out / "whole", out / "killed", args.kills, args.seed)
