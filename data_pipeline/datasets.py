@@ -1,9 +1,9 @@
-"""Look for what makes a result on data sets meaningless, before any model is asked.
+"""Look for what makes a result on datasets meaningless, before any model is asked.
 
     python -m data_pipeline.datasets audit data/*.json
     python -m data_pipeline.datasets audit --config=experiments/configs/common_sense.py:ARC-c
 
-Prints the facts of every data set and a sentence for every finding, and exits with status 1 if there is any. Data sets are
+Prints the facts of every dataset and a sentence for every finding, and exits with status 1 if there is any. Datasets are
 JSON, JSON lines or folders saved by `datasets`, as in `dnd_jax.sources`. With a config they are those of its tasks: what they
 are trained on (held-out ones for the in-task rung) against what they are tested on. Of files, those whose name holds `train`
 are trained on, all others tested on.
@@ -22,13 +22,13 @@ from dnd_jax.types import InputError
 
 
 def audit_sets(trained: Mapping[str, Sequence[Row]], test: Mapping[str, Sequence[Row]]) -> tuple[str, list[str]]:
-    """Return the facts of data sets as a table, and the audit's findings."""
+    """Return the facts of datasets as a table, and the audit's findings."""
     found = audit(test, trained, ngram=13)
     training_only = audit(trained, {})
     tasks = training_only["tasks"] | found["tasks"]
     findings = training_only["findings"] + [f for f in found["findings"] if f not in training_only["findings"]]
     width = max(map(len, tasks))
-    lines = [f"{'data set'.ljust(width)}    rows  labels  majority  chance  distribution"]
+    lines = [f"{'dataset'.ljust(width)}    rows  labels  majority  chance  distribution"]
     for name, facts in tasks.items():
         choice = (f"{facts['majority']:8.1%}  {facts['chance']:6.1%}  "
                   + ", ".join(f"{_in_line(label)} {share:.0%}" for label, share in list(facts["distribution"].items())[:6])

@@ -11,8 +11,8 @@ from dnd_jax import files
 from dnd_jax.types import InputError
 
 UNKNOWN = "None"  # the commit of a hub repository, where it can't be told
-SETTINGS = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*",
-            "*processor*.json")  # files beside the weights that change what a base is asked or answers
+WORDS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "chat_template*",
+         "*processor*.json")  # files that change what a base is asked
 
 
 def load_tokenizer(base: str) -> Any:
@@ -58,17 +58,20 @@ def complete(loaded: tuple[Any, Mapping[str, Any]], name: str) -> Any:
 
 
 def identity(base: str) -> dict[str, str]:
-    """Return a base model's name and a hash: of a folder's weights, config and tokenizer, or a hub repository's commit."""
+    """Return a base model's name and hashes: of a folder's weights and config, and of its tokenizer; or a hub's commit."""
     folder = pathlib.Path(base)
     if folder.is_dir():
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))  # as transformers chooses
-        settings = sorted({path for pattern in SETTINGS for path in folder.glob(pattern) if path.is_file()})
-        return {"name": base, "sha256": files.sha256_files([*weights, *settings])}
+        words = sorted({path for pattern in WORDS for path in folder.glob(pattern) if path.is_file()})
+        return {"name": base, "tokenizer_sha256": files.sha256_files(words), "sha256": files.sha256_text(
+            files.sha256_files(weights) + files.sha256_files(folder.glob("config.json")))}
     return {"name": base, "sha256": hub_commit(base) or UNKNOWN}
 
 
 def is_same(base: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Tell whether two bases are one by their hashes, or by their names where a hub repository's commit wasn't known."""
+    if len({b["tokenizer_sha256"] for b in (base, other) if "tokenizer_sha256" in b}) > 1:  # not of adapters from elsewhere
+        return False
     known = UNKNOWN not in (base["sha256"], other["sha256"])
     return base["sha256"] == other["sha256"] if known else base["name"] == other["name"]
 

@@ -42,10 +42,10 @@ class Stderr:
 
 
 def say(text: str) -> None:
-    """Print to standard output at once; where that can't be written, what is said there is lost, and ends nothing."""
+    """Print to standard output at once; if it can't be written, this and all that follows there is lost, and ends nothing."""
     try:
         print(text, flush=True)
-    except OSError:  # nobody reads on, or a full disk; it would be raised again at the end
+    except OSError:  # nobody reads on, or a full disk; what waits to be written would raise it again at the end
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
 

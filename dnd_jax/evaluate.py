@@ -138,8 +138,8 @@ def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path, despite_find
     result = report.summarise(*ask_all(ev), [task.name for task in ev.test])
     result |= {"form": ev.store.manifest["form"], "harm": harms(ev), "cost": cost(ev, workdir), "audit": found,
                "checkpoint": ev.generator.step}
-    print(report.table(result), flush=True)
     report.write(result, workdir)
+    cli.say(report.table(result))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ class Generator:
     def __init__(self, workdir: files.PathLike):
         """Load the checkpoint and compile for one prompt batch; `compile_s` and `step` say what that took and found."""
         self.step, params, self.about, _ = checkpoints.load_best(f"{workdir}/checkpoints")
+        if unknown := sorted({"carried_sha256", "encoder_sha256", "runs_sha256"} - self.about.keys()):
+            raise InputError(f"{workdir}/checkpoints/{self.step}: is of another version of dnd_jax and says nothing of "
+                             f"{', '.join(unknown)}; train or import it again")
         self.prompts, self.layout = self.about["features"][0][0], Layout.from_json(self.about["layout"])
         self.spec = Spec.from_json(self.about["spec"], carried_of(workdir, self.about))
         decoder = HyperConvDecoder.from_json(self.about)

@@ -15,6 +15,8 @@ from jax.experimental import multihost_utils
 def until_terminated() -> Iterator[Callable[[int], bool]]:
     """Yield a function that tells after a step whether SIGTERM has come; it no longer ends the process while the block runs.
 
+    A process alone has to be in its main thread, which alone hears signals.
+
     Of several processes, one gets it first: JAX then agrees on a step after which all of them are told.
     """
     if jax.process_count() > 1:

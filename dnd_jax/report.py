@@ -114,8 +114,8 @@ def _labels_line(facts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cost_line(cost: Mapping[str, float | None]) -> str:
-    stations = {"collecting": "collect_s", "training": "train_s", "generating": "generate_s", "in-task training": "in_task_s"}
-    said = [f"{name} {'unknown' if (s := cost[key]) is None else f'{s:.3g} s'}" for name, key in stations.items()]
+    stages = {"collecting": "collect_s", "training": "train_s", "generating": "generate_s", "in-task training": "in_task_s"}
+    said = [f"{name} {'unknown' if (s := cost[key]) is None else f'{s:.3g} s'}" for name, key in stages.items()]
     pays = cost["adapters_to_break_even"]
     return f"{', '.join(said)}; {'not known to pay back' if pays is None else f'pays back after {pays:.0f} adapters'}"
 

@@ -37,10 +37,11 @@ def check_anywhere(config: ml_collections.ConfigDict) -> None:
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
     """Raise InputError at a field that is missing, a number that isn't finite or is too small, and sizes that are none."""
-    values = workdirs.leaves(config.to_dict())
     for field in (*COUNTS, *INDICES, *AMOUNTS, *OTHERS):
-        if not any(known == field or known.startswith((f"{field}.", f"{field}[")) for known in values):
+        section, _, name = field.rpartition(".")
+        if name not in (config.get(section, {}) if section else config):
             raise InputError(f"config.{field} is missing")
+    values = workdirs.leaves(config.to_dict())
     for field, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"config.{field} is {value}, expected a finite number")

@@ -29,7 +29,8 @@ DEFAULT_COLUMNS: tuple[dict[str, str], ...] = (
 )
 COLUMNS = ("prompt", "query", "response", "system", "images", "messages")
 JSON_LINES = (".jsonl", ".ndjson")
-PLACE = "<image>"  # where a prompt has an image, by the convention of such data sets; images without one come first
+PLACE = "<image>"  # where a prompt has an image, by the convention of such datasets; images without one come first
+HERE = "\ufffc"  # Unicode's sign of an object amid text, in place of an image that is a part of a chat's turn
 SPEAKERS = {"human": "prompt", "user": "prompt", "gpt": "response", "assistant": "response", "system": "system"}
 TAGS = {"user_tag": "prompt", "assistant_tag": "response", "system_tag": "system"}
 ENTRY: dict[str, type] = {"file_name": str, "hf_hub_url": str, "subset": str, "split": str, "num_samples": int, "formatting": str,
@@ -54,8 +55,8 @@ class Source:
     Attributes:
       place: file, folder, or with `hub` a name on the Hugging Face hub or a folder of data files.
       hub: read by `datasets.load_dataset`, which without network finds what it has read before.
-      subset: of a hub data set.
-      split: of a hub data set or a saved one, by default `train`.
+      subset: of a hub dataset.
+      split: of a hub dataset or a saved one, by default `train`.
       num_samples: rows that are taken, from the first; None for all.
       columns: of COLUMNS, under which names the rows have them; None to find out.
       tags: `role_tag`, `content_tag` and the names of speakers in chats, where they are not the usual ones.
@@ -121,7 +122,7 @@ def parse(value: Any, folder: pathlib.Path, where: str) -> Source:
         raise InputError(f"{where}: {path} is not there")
     if "subset" in options or (path.is_file() and options.get("split", "train") != "train"):
         raise InputError(f"{where}: {path}: subset is {options.get('subset')!r} and split is {options.get('split')!r}, which "
-                         "data sets of a hub have, and a split also saved folders; give the rows a file of their own")
+                         "datasets of a hub have, and a split also saved folders; give the rows a file of their own")
     return Source(str(path), columns=columns, tags=tags, **options)
 
 
@@ -134,7 +135,7 @@ def _registered(reference: Mapping[str, Any], folder: pathlib.Path, where: str) 
     known = files.read_json(path)
     if not isinstance(known, dict) or name not in known:
         there = sorted(known) if isinstance(known, dict) else "a list"
-        raise InputError(f"{where}: {path} has no data set {name!r}, only {there}")
+        raise InputError(f"{where}: {path} has no dataset {name!r}, only {there}")
     if isinstance(known[name], dict) and "registry" in known[name]:
         raise InputError(f"{path}: {name}: refers to another registry, expected a source")
     return parse(known[name], path.parent, f"{path}: {name}")
@@ -177,56 +178,59 @@ def read_raw(source: Source) -> list[dict[str, Any]]:
 
 def _to_row(raw: Mapping[str, Any], columns: Mapping[str, str], source: Source, number: int) -> Row:
     found = {field: _text(raw.get(columns[field])) for field in COLUMNS[:4] if field in columns}
-    if "messages" in columns:
-        found |= {k: v for k, v in _first_exchange(raw.get(columns["messages"]), source, number).items() if v}
-    prompt = "\n".join(part for part in (found.get("prompt"), found.get("query")) if part)
     images = raw.get(columns.get("images", "")) or []
     images = images if isinstance(images, list) else [images]
-    if "messages" in columns and _has_parts(raw.get(columns["messages"])):
-        if not images:
-            prompt = prompt.replace(PLACE, "")
-        elif (places := prompt.count(PLACE)) > len(images):
-            raise InputError(f"{source}: row {number}: its first prompt has {places} images, the column of images {len(images)}")
-        else:
-            images = images[:places]  # of the first exchange
+    if "messages" in columns:
+        turns = _turns(raw.get(columns["messages"]), source, number)
+        exchange, heard = _first_exchange(turns)
+        found |= {field: text for field, text in exchange.items() if text}
+        if images and any(HERE in text for _, text in turns):  # those of later exchanges are not of this row
+            if (places := sum(text.count(HERE) for text in heard)) > len(images):
+                raise InputError(f"{source}: row {number}: {places} images up to its first answer, {len(images)} in their column")
+            images = images[:places]
+    prompt = "\n".join(part for part in (found.get("prompt"), found.get("query")) if part).replace(HERE, PLACE if images else "")
     folder = pathlib.Path(source.place).parent
-    return Row(prompt, found.get("response", ""), found.get("system", ""), tuple(
+    return Row(prompt, found.get("response", ""), found.get("system", "").replace(HERE, ""), tuple(
         str(folder / image) if isinstance(image, str) and not source.hub else image for image in images))
-
-
-def _has_parts(turns: Any) -> bool:
-    """Tell whether a chat's turns are lists of texts and images."""
-    return isinstance(turns, list) and any(isinstance(part, list) for turn in turns if isinstance(turn, dict)
-                                           for part in turn.values())
 
 
 def _text(value: Any) -> str:
     """Return a field as text; of a list of parts, as chats with images have it, text and the places of images."""
     if isinstance(value, list):
-        return "".join(map(_text, value))
-    if isinstance(value, dict):
-        return PLACE if value.get("type") in ("image", "image_url") else _text(value.get("text"))
+        return "".join(_part(part) if isinstance(part, dict) else _text(part) for part in value)
     return "" if value is None or value != value else str(value)  # NaN is what pandas writes for an empty cell
 
 
-def _first_exchange(turns: Any, source: Source, number: int) -> dict[str, str]:
-    """Return prompt, response and system of the first exchange of a chat: its first answer, and the question before that."""
+def _part(part: Mapping[str, Any]) -> str:
+    return HERE if part.get("type") in ("image", "image_url") else _text(part.get("text"))
+
+
+def _turns(chat: Any, source: Source, number: int) -> list[tuple[str, str]]:
+    """Return the turns of a chat: prompt, response or system, and the text."""
     speakers = SPEAKERS | {source.tags[tag]: field for tag, field in TAGS.items() if tag in source.tags}
-    fields = {"prompt": "", "response": "", "system": ""}
-    for turn in turns if isinstance(turns, list) else [turns]:
+    turns = []
+    for turn in chat if isinstance(chat, list) else [chat]:
         turn = turn if isinstance(turn, dict) else {"": turn}
         speaker = turn.get(source.tags.get("role_tag", "from")) or turn.get("role")
         if not isinstance(speaker, str) or speaker not in speakers:
             raise InputError(f"{source}: row {number}: a turn is {str(turn)[:60]!r}, expected one from {sorted(speakers)}")
         content = turn.get(source.tags.get("content_tag", "value"))
-        text = _text(turn.get("content") if content is None else content)
-        field = speakers[speaker]
+        turns.append((speakers[speaker], _text(turn.get("content") if content is None else content)))
+    return turns
+
+
+def _first_exchange(turns: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
+    """Return the first answer, the question before it and the first system text; and the texts of all turns before the answer."""
+    fields, heard = {"prompt": "", "response": "", "system": ""}, []
+    for field, text in turns:
         if field == "response" and not fields["prompt"]:
             continue  # a greeting
-        fields[field] = text if field == "prompt" else fields[field] or text
-        if fields["response"]:
+        if field == "response" and text:
+            fields[field] = text
             break
-    return fields
+        heard.append(text)
+        fields[field] = text if field == "prompt" else fields[field] or text
+    return fields, heard
 
 
 def read_json_lines(path: pathlib.Path) -> list[Any]:
@@ -256,8 +260,8 @@ def _read_by_datasets(source: Source) -> list[Any]:
         if split not in found:
             raise InputError(f"{source}: has no split {split!r}, only {sorted(found)}")
         found = found[split]
-    elif not source.hub and source.split not in (None, str(found.split)):
-        raise InputError(f"{source}: has no split {source.split!r}, only {str(found.split)!r}")
+    elif not source.hub and source.split not in (None, there := str(found.split or "train")):
+        raise InputError(f"{source}: has no split {source.split!r}, only {there!r}")
     rows = list(found)
     for name, feature in found.features.items():
         if isinstance(feature, datasets.ClassLabel):

@@ -1,4 +1,4 @@
-"""The list of tasks: which data sets belong to which task, and its split; the checkpoints of its run."""
+"""The list of tasks: which datasets belong to which task, and its split; the checkpoints of its run."""
 
 import dataclasses
 import pathlib
@@ -18,7 +18,7 @@ MULTI_TASK = "multi_task"  # the run on the data of all training tasks
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task's name, split, and its data sets; `test` is None for a task that is never evaluated."""
+    """A task's name, split, and its datasets; `test` is None for a task that is never evaluated."""
 
     name: str
     split: str

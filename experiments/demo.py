@@ -1,9 +1,9 @@
-"""Run all stations on the embedded world, each only when something it depends on has changed.
+"""Run all stages on the embedded world, each only when something it depends on has changed.
 
     python -m experiments.demo            # what `make demo` calls; --arg=seed=1 for another world
 
-A station's key is a hash of its code with all of ours that this imports, the config and the key of the station before it. When
-interrupted, collecting and training go on where they were; a station whose key has changed starts afresh.
+A stage's key is a hash of its code with all of ours that this imports, the config and the key of the stage before it. When
+interrupted, collecting and training go on where they were; a stage whose key has changed starts afresh.
 """
 
 import json
@@ -24,8 +24,8 @@ from dnd_jax.types import InputError
 from experiments.configs import tenants
 
 
-def stations(arg: str) -> dict[str, tuple[list[str], list[str]]]:
-    """Return each station's command line and the outputs that go when it starts afresh."""
+def stages(arg: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Return each stage's command line and the outputs that go when it starts afresh."""
     config = tenants.get_config(arg)
     root, other = pathlib.Path(config.tasks).parent, suffix(config)
     run, store, collected = f"{root}/run{other}", config.export.store, config.collect.out
@@ -51,26 +51,26 @@ def suffix(config: ml_collections.ConfigDict) -> str:
 
 
 def stamp_of(config: ml_collections.ConfigDict, name: str) -> pathlib.Path:
-    """Return the file that says which key a station has run with, and how long; all gauges have one world and one collection."""
+    """Return the file that says which key a stage has run with, and how long; all gauges have one world and one collection."""
     collected = pathlib.Path(config.collect.out).name.removeprefix("adapters")
     other = {"tenants": "", "collect": collected}.get(name, suffix(config))
     return pathlib.Path(config.tasks).parent / "stamps" / f"{name}{other}.json"
 
 
 def settings_of(config: ml_collections.ConfigDict, name: str) -> str:
-    """Return what of the config a station depends on, at the most."""
+    """Return what of the config a stage depends on, at the most."""
     settings = cli.config_dict(config)
     if name == "collect":
         del settings["export"]
     return "" if name == "tenants" else json.dumps(settings)
 
 
-def run_stations(arg: str) -> tuple[pathlib.Path, list[str]]:
-    """Bring every station up to date; return the run's workdir and the stations that had to run."""
+def run_stages(arg: str) -> tuple[pathlib.Path, list[str]]:
+    """Bring every stage up to date; return the run's workdir and the stages that had to run."""
     config = tenants.get_config(arg)
     workdir = pathlib.Path(config.tasks).parent / f"run{suffix(config)}"
     key, ran = "", []
-    for name, (command, outputs) in stations(arg).items():
+    for name, (command, outputs) in stages(arg).items():
         words = [part for part in command if not part.startswith("--config=")]
         key = files.sha256_text(key + code_hash(command[0]) + settings_of(config, name) + " ".join(words))
         stamp = stamp_of(config, name)
@@ -115,8 +115,8 @@ def main(args: Any) -> None:
         config = tenants.get_config(args.arg)
     except ValueError as error:
         raise InputError(f"--arg={args.arg}: {error}") from error
-    workdir, ran = run_stations(args.arg)
-    seconds = {name: files.read_json(stamp_of(config, name))["seconds"] for name in stations(args.arg)}
+    workdir, ran = run_stages(args.arg)
+    seconds = {name: files.read_json(stamp_of(config, name))["seconds"] for name in stages(args.arg)}
     if "evaluate" not in ran:
         print(report.table(files.read_json(workdir / "report.json")))
     print(f"\n{workdir}/report.html; seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())

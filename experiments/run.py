@@ -1,8 +1,8 @@
-"""Run one experiment from its data sets to its result: audit, collect, export, train, generate, evaluate.
+"""Run one experiment from its datasets to its result: audit, collect, export, train, generate, evaluate.
 
     python -m experiments.run --config=experiments/configs/common_sense.py:ARC-c --workdir=runs/common_sense/ARC-c
 
-Every station is the command that it prints, with the same `--config.field=value`. Run again, collecting and training go on where
+Every stage is the command that it prints, with the same `--config.field=value`. Run again, collecting and training go on where
 they were, and a store that is made of the same stays. What the audit finds stops the run, unless `--despite_findings`. The result
 is an adapter for each test task, `WORKDIR/generated/TASK`, and the ladder's report; the paper's experiments have no validation
 tasks, so theirs is without the rungs that choose on these.
@@ -25,9 +25,9 @@ from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
 
-def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], workdir: str, jobs: int,
+def stages(config: ml_collections.ConfigDict, with_config: Sequence[str], workdir: str, jobs: int,
              despite_findings: bool = False) -> list[list[str]]:
-    """Return the command line of every station after the audit, without `python -m`."""
+    """Return the command line of every stage after the audit, without `python -m`."""
     tasks = read_tasks(config.tasks)
     store = pathlib.Path(config.export.store)
     generated = [["dnd_jax.generate", f"--workdir={workdir}", f"--prompts={store}/tasks/{task.name}/prompts.json",
@@ -38,7 +38,7 @@ def stations(config: ml_collections.ConfigDict, with_config: Sequence[str], work
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raise InputError at what a station would fail on after days of work."""
+    """Raise InputError at what a stage would fail on after days of work."""
     evaluate.check(config.evaluate)
     export.check(config)
     settings.check_anywhere(config)
@@ -73,7 +73,7 @@ def main(args: Any) -> None:
     with_config, workdir = cli.config_words(), pathlib.Path(args.workdir)
     check(args.config)
     workdirs.check_config(args.config, workdir)
-    planned = stations(args.config, with_config, args.workdir, args.jobs, args.despite_findings)
+    planned = stages(args.config, with_config, args.workdir, args.jobs, args.despite_findings)
     if run(["data_pipeline.datasets", "audit", *with_config]) and not args.despite_findings:
         raise InputError(f"{with_config[0]}: see the audit's findings above; --despite_findings goes on all the same")
     for command in planned:

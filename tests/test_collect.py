@@ -253,9 +253,11 @@ def test_a_killed_worker_ends_the_command_with_a_message(world, tmp_path):
 
 def test_a_base_is_another_one_with_another_tokenizer_or_template_and_none_without_all_weights(world, tmp_path):
     base = shutil.copytree(world / "base", tmp_path / "base")
-    assert base_models.identity(str(base))["sha256"] == base_models.identity(str(world / "base"))["sha256"]
+    ours, copied = (base_models.identity(str(folder)) for folder in (world / "base", base))
+    assert base_models.is_same(copied, ours)
     (base / "chat_template.jinja").write_text("{{ messages }}")
-    assert base_models.identity(str(base))["sha256"] != base_models.identity(str(world / "base"))["sha256"]
+    assert not base_models.is_same(base_models.identity(str(base)), ours)
+    assert base_models.is_same(base_models.identity(str(base)), {"name": "elsewhere", "sha256": ours["sha256"]})
     tensors = safetensors.numpy.load_file(base / "model.safetensors")
     del tensors["model.layers.1.self_attn.q_proj.weight"]
     safetensors.numpy.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})

@@ -36,7 +36,7 @@ def test_decoder_fits_encoder_and_layout(file, variant, tmp_path, monkeypatch):
 
 
 def read_names(config):
-    """Return the tasks as the stations read them, from files that are there."""
+    """Return the tasks as the stages read them, from files that are there."""
     for entry in config.tasks.values():
         for part in ("train", "test"):
             pathlib.Path(entry[part]).parent.mkdir(exist_ok=True)

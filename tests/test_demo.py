@@ -21,16 +21,16 @@ def project(tmp_path):
 def test_a_gauges_folders_are_beside_those_of_the_demo():
     """But for what they share, the world and, of gauges, the runs: that has the same stamp and key then."""
     args = ("", "gauge=align", "gauge=canonical")
-    configs, stations = [tenants.get_config(arg) for arg in args], [demo.stations(arg) for arg in args]
+    configs, stages = [tenants.get_config(arg) for arg in args], [demo.stages(arg) for arg in args]
     shared = {"tenants": {(0, 1), (0, 2), (1, 2)}, "collect": {(1, 2)}}
-    for name in stations[0]:
+    for name in stages[0]:
         for i, j in itertools.combinations(range(3), 2):
             same = (i, j) in shared.get(name, ())
-            assert (set(stations[i][name][1]) == set(stations[j][name][1])) == same
+            assert (set(stages[i][name][1]) == set(stages[j][name][1])) == same
             assert (demo.stamp_of(configs[i], name) == demo.stamp_of(configs[j], name)) == same
             assert (demo.settings_of(configs[i], name) == demo.settings_of(configs[j], name)) == same
             if not same:
-                assert not set(stations[i][name][1]) & set(stations[j][name][1])
+                assert not set(stages[i][name][1]) & set(stages[j][name][1])
 
 
 @pytest.mark.slow

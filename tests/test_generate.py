@@ -114,6 +114,14 @@ def test_parameters_of_other_shapes_are_named(prompt_files, tmp_path, monkeypatc
         run(prompt_files[:1], tmp_path / "out")
 
 
+def test_a_checkpoint_of_another_version_is_named(prompt_files, tmp_path, monkeypatch):
+    step, params, about, metrics = checkpoints.load_best("build/tenants-smoke/run/checkpoints")
+    del about["runs_sha256"]
+    monkeypatch.setattr(checkpoints, "load_best", lambda folder: (step, params, about, metrics))
+    with pytest.raises(InputError, match=rf"checkpoints/{step}: is of another version of dnd_jax and says nothing of runs_sha256"):
+        run(prompt_files[:1], tmp_path / "out")
+
+
 def test_one_is_written_while_the_next_is_computed():
     """Computing B ends only when A is being written, and A is written only when B is being computed."""
     computing, writing, order = threading.Event(), threading.Event(), []

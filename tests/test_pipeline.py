@@ -1,4 +1,4 @@
-"""The whole line on a miniature, through its command lines: every station's files, and what it does the second time."""
+"""The whole line on a miniature, through its command lines: every stage's files, and what it does the second time."""
 
 import hashlib
 import json

@@ -13,14 +13,14 @@ from experiments.configs import common_sense, tenants
 
 @pytest.fixture(scope="module")
 def ran(root, smoke):
-    """The one command, on what the stations have made: its output and the files that it changed."""
+    """The one command, on what the stages have made: its output and the files that it changed."""
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
     done = run_module("experiments.run", SMOKE, f"--workdir={root.relative_to(smoke)}/run", cwd=smoke)
     after = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
     return done.stdout, {str(p.relative_to(root)) for p, time in after.items() if before.get(p) != time}
 
 
-def test_one_command_runs_all_stations_and_repeats_no_work(ran, root):
+def test_one_command_runs_all_stages_and_repeats_no_work(ran, root):
     said, changed = ran
     assert "all 11 runs are there" in said and [line.split()[3] for line in said.splitlines() if line.startswith("== ")] == [
         "data_pipeline.datasets", "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", "dnd_jax.generate",
@@ -39,12 +39,12 @@ def test_one_command_of_a_paper_experiment_ends_with_its_ladder(tmp_path, monkey
         for part in ("train", "test"):
             (tmp_path / entry[part]).parent.mkdir(exist_ok=True)
             (tmp_path / entry[part]).touch()
-    commands = run.stations(config, ["--config=c.py"], "w", 2)
+    commands = run.stages(config, ["--config=c.py"], "w", 2)
     assert [words[0] for words in commands] == [
         "data_pipeline.collect", "data_pipeline.export", "dnd_jax.train", *["dnd_jax.generate"] * 2, "dnd_jax.evaluate"]
     assert commands[3][2:] == ["--prompts=runs/common_sense/ARC-c/store/tasks/ARC-c/prompts.json", "--out=w/generated/ARC-c"]
     assert commands[-1] == ["dnd_jax.evaluate", "--config=c.py", "--workdir=w"]
-    assert run.stations(config, ["--config=c.py"], "w", 2, True)[-1] == [*commands[-1], "--despite_findings"]
+    assert run.stages(config, ["--config=c.py"], "w", 2, True)[-1] == [*commands[-1], "--despite_findings"]
 
 
 def test_report_has_every_rung_and_stands_alone(ran, root):
@@ -71,7 +71,7 @@ def test_report_has_every_rung_and_stands_alone(ran, root):
     ("export.gauge", "alin", "gauge is 'alin'"),
     ("condition.pool", -3, "pool is -3"), ("train.clip_norm", -1.0, "clip_norm is -1.0"),
     ("evaluate.unrelated", (("nowhere.json", "exact"),), "config.evaluate.unrelated: nowhere.json")])
-def test_what_a_late_station_would_refuse_is_refused_first(root, smoke, monkeypatch, field, value, said):
+def test_what_a_late_stage_would_refuse_is_refused_first(root, smoke, monkeypatch, field, value, said):
     monkeypatch.chdir(smoke)
     config = tenants.get_config("smoke").unlock()
     run.check(config)
@@ -100,7 +100,7 @@ def test_rows_that_cannot_be_scored_are_refused_first(tmp_path):
         run.check(config)
 
 
-def test_a_terminated_training_ends_all_stations(root, smoke, monkeypatch):
+def test_a_terminated_training_ends_all_stages(root, smoke, monkeypatch):
     """It ends with status 0, as jobs want it."""
     monkeypatch.chdir(smoke)
     config, done = tenants.get_config("smoke"), []

@@ -77,10 +77,20 @@ def test_image_parts_of_chats_are_those_of_the_first_exchange(tmp_path):
     rows = [{"messages": first * 2, "images": ["a.png", "b.png"]}, {"messages": first}]
     write(tmp_path, "data/rows.json", rows)
     assert sources.read("data/rows.json") == [Row("look:<image>what ?", "r", images=("data/a.png",)), Row("look:what ?", "r")]
-    first[0]["content"] *= 2
-    write(tmp_path, "data/rows.json", [{"messages": first, "images": ["a.png"]}])
-    with pytest.raises(InputError, match=r"rows\.json: row 0: its first prompt has 2 images, the column of images 1"):
+    said = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": [{"type": "text", "text": "r"}]}]
+    write(tmp_path, "data/rows.json", [{"messages": said, "images": ["a.png"]}, {"messages": said + first, "images": ["a.png"]},
+                                       {"messages": first[:1] + first, "images": ["a.png", "b.png"]}])
+    assert sources.read("data/rows.json") == [
+        Row("what ?", "r", images=("data/a.png",)), Row("what ?", "r"),
+        Row("look:<image>what ?", "r", images=("data/a.png", "data/b.png"))]  # refused when it is asked, as two for one place
+    write(tmp_path, "data/rows.json", [{"messages": first[:1] + first, "images": ["a.png"]}])
+    with pytest.raises(InputError, match=r"rows\.json: row 0: 2 images up to its first answer, 1 in their column"):
         sources.read("data/rows.json")
+
+
+def test_an_object_in_a_column_is_text_as_it_is(tmp_path):
+    write(tmp_path, "a.json", [{"prompt": "p", "response": {"a": 1}}])
+    assert sources.read("a.json") == [Row("p", "{'a': 1}")]
 
 
 def test_an_empty_cell_of_a_table_is_no_text(tmp_path):
@@ -126,8 +136,9 @@ def test_saved_folders_and_their_splits(tmp_path):
         read_rows(sources.parse(COLUMNS | {"file_name": "arrow"}, tmp_path, "task"))
     with pytest.raises(InputError, match=r"arrow/test: has no split 'test', only \['small', 'train'\]"):
         sources.read(sources.parse(COLUMNS | {"file_name": "arrow", "split": "test"}, tmp_path, "task"))
-    with pytest.raises(InputError, match=r"arrow-single/test: has no split 'test', only 'None'"):
+    with pytest.raises(InputError, match=r"arrow-single/test: has no split 'test', only 'train'"):
         sources.read(sources.parse(COLUMNS | {"file_name": "arrow-single", "split": "test"}, tmp_path, "task"))
+    assert sources.read(sources.parse(COLUMNS | {"file_name": "arrow-single", "split": "train"}, tmp_path, "task")) == rows
 
 
 def test_names_of_the_hub_are_read_without_network_or_refused(tmp_path):
@@ -211,9 +222,9 @@ def test_broken_files_are_named(tmp_path, name, value, message):
     ("nowhere.json", r"nowhere\.json is not there"), ({"file_name": "a.json", "colums": {}}, r"\['colums'\] are unknown"),
     ({"file_name": "a.json", "num_samples": -1}, "num_samples is -1, expected a number of rows"),
     ({"file_name": "a.json", "columns": {"history": "h"}}, r"\['history'\] are unknown"), (3, "a source is '3'"),
-    ({"registry": "info.json", "name": "b"}, r"info\.json has no data set 'b', only \['a'\]"),
+    ({"registry": "info.json", "name": "b"}, r"info\.json has no dataset 'b', only \['a'\]"),
     ({"registry": "info.json", "name": "a"}, r"info\.json: a: .*x\.json is not there"),
-    ({"registry": "a.json", "name": "b"}, r"a\.json has no data set 'b', only a list"),
+    ({"registry": "a.json", "name": "b"}, r"a\.json has no dataset 'b', only a list"),
     ({"registry": 5, "name": "b"}, "registry is '5' and name 'b', expected two texts"),
     ({"registry": "info.json", "name": ["a"]}, "expected two texts"),
     ({"registry": "circle.json", "name": "a"}, r"circle\.json: a: refers to another registry"),

@@ -287,6 +287,7 @@ def test_what_no_run_can_begin_with_is_refused_before_anything_is_written(tmp_pa
     ({"decoder.blocks": ((6, 4),)}, r"decoder.blocks has \(6, 4\), expected three numbers"),
     ({"decoder.blocks": ((6, 4, 0),)}, r"decoder.blocks has \(6, 4, 0\), where a size is 0, expected at least 1"),
     ({"decoder.blocks": ((6, 4, 3.5),)}, r"decoder.blocks has \(6, 4, 3.5\), where a size is 3.5, expected a whole number"),
+    ({"decoder.blocks": (), "train.steps": 0}, "train.steps is 0"),  # no block is a decoder, of one layer
     ({"decoder.shortened": -2, "train.calibrate": False}, "decoder.shortened is -2, expected at least 1"),
     ({"seed": 10**20}, "seed is 1000000+, expected at least 0 and less than 2"),
     ({"train.accumulate": 3}, "train: a batch of 8 does not divide into 3 microbatches"),

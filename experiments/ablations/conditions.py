@@ -40,7 +40,7 @@ def vary(config: ml_collections.ConfigDict, variant: str) -> ml_collections.Conf
 
 
 def run(config: ml_collections.ConfigDict, variant: str) -> None:
-    """Bring one variant to its report, station by station."""
+    """Bring one variant to its report, stage by stage."""
     changed, workdir = vary(config, variant), folder_of(config) / variant / "run"
     workdirs.check_config(changed, workdir)
     if (workdir / "report.json").exists():

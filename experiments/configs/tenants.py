@@ -1,6 +1,6 @@
 """The embedded world, end to end: 48 tenants to learn from, 4 to choose on, 12 never trained.
 
-    make demo                                  # all stations, seed 0
+    make demo                                  # all stages, seed 0
     python -m dnd_jax.train --config=experiments/configs/tenants.py --workdir=build/tenants/run
 
 Arguments: `tenants.py:seed=1` for another world, `tenants.py:smoke` for a miniature that only tests the machinery,

@@ -2,10 +2,10 @@
 
     python -m experiments.faults.kill_loop --kills=100
 
-Each station in turn is killed (SIGKILL, all its processes), in turns after a time drawn uniformly from its undisturbed duration
+Each stage in turn is killed (SIGKILL, all its processes), in turns after a time drawn uniformly from its undisturbed duration
 and at its first write (of a checkpoint, if it is training) or within MOMENT of it; training starts again on a mesh drawn anew.
 After each kill everything that has a final name must open and agree with its hashes; how many kills came amid a write, and so
-left something half-written under a temporary name, is said. Whenever a station gets to its end, adapters and store must be equal
+left something half-written under a temporary name, is said. Whenever a stage gets to its end, adapters and store must be equal
 bit for bit; parameters, losses and the generated adapter, which other meshes round otherwise, within TOLERANCE. Hardware: 2 CPU
 cores, 6 to 20 seconds a kill.
 """
@@ -35,8 +35,8 @@ HERE = pathlib.Path(__file__).resolve().parents[2]
 ROOT = pathlib.Path("build/tenants-smoke")
 CONFIG = f"--config={HERE}/experiments/configs/tenants.py:smoke"
 TRAIN = ("steps=24", "validate_every=3", "keep_last=3")
-# module and arguments, and what is removed to do a station again
-STATIONS = {
+# module and arguments, and what is removed to do a stage again
+STAGES = {
     "collect": (["data_pipeline.collect", CONFIG, "--jobs=2"], ROOT / "adapters"),
     "export": (["data_pipeline.export", CONFIG], ROOT / "store"),
     "train": (["dnd_jax.train", CONFIG, f"--workdir={ROOT}/killed", *(f"--config.train.{s}" for s in TRAIN)], ROOT / "killed"),
@@ -50,22 +50,22 @@ TOLERANCE = {"parameters": 5e-6, "losses": 1e-6, "adapter": 1e-6}
 
 
 def command_of(name: str, mesh: tuple[int, ...]) -> tuple[list[str], dict[str, str]]:
-    """Return a station's command line after `python -m`, and what it changes of the environment."""
+    """Return a stage's command line after `python -m`, and what it changes of the environment."""
     if name != "train":
-        return STATIONS[name][0], {"XLA_FLAGS": ""}
+        return STAGES[name][0], {"XLA_FLAGS": ""}
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
-    return [*STATIONS[name][0], *sizes], {"XLA_FLAGS": f"--xla_force_host_platform_device_count={math.prod(mesh)}"}
+    return [*STAGES[name][0], *sizes], {"XLA_FLAGS": f"--xla_force_host_platform_device_count={math.prod(mesh)}"}
 
 
 def start(folder: pathlib.Path, name: str, mesh: tuple[int, ...] = MESHES[0]) -> subprocess.Popen[str]:
-    """Start a station in a folder, in a process group of its own."""
+    """Start a stage in a folder, in a process group of its own."""
     words, env = command_of(name, mesh)
     return subprocess.Popen([sys.executable, "-m", *words], cwd=folder, env=os.environ | {"PYTHONPATH": str(HERE)} | env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    """Wait for a station; raise RuntimeError with what it said if it failed."""
+    """Wait for a stage; raise RuntimeError with what it said if it failed."""
     said = "".join(filter(None, process.communicate()))
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, process.args))}: exit status {process.returncode}\n{said[-3000:]}")  # type: ignore[arg-type]
@@ -78,10 +78,10 @@ def make_world(folder: pathlib.Path) -> None:
 
 
 def undisturbed(folder: pathlib.Path) -> dict[str, float]:
-    """Run all stations; return how long each took."""
+    """Run all stages; return how long each took."""
     (folder / "prompts.txt").write_text("".join(f"how zib is the thing{i} :\n" for i in range(14)))
     seconds = {}
-    for name in STATIONS:
+    for name in STAGES:
         began = time.perf_counter()
         finish(start(folder, name))
         seconds[name] = time.perf_counter() - began
@@ -90,7 +90,7 @@ def undisturbed(folder: pathlib.Path) -> dict[str, float]:
 
 def disturb(whole: pathlib.Path, folder: pathlib.Path, name: str, kills: int, seconds: float, rng: random.Random
             ) -> tuple[list[tuple[int, ...]], int, list[dict[str, Any]]]:
-    """Kill a station `kills` times, checking what is there each time, then let it finish.
+    """Kill a stage `kills` times, checking what is there each time, then let it finish.
 
     Returns:
       The meshes it ran on, how many kills left something half-written under a temporary name, and of each time that it got to
@@ -115,7 +115,7 @@ def disturb(whole: pathlib.Path, folder: pathlib.Path, name: str, kills: int, se
         else:
             finish(process)
             results.append(compare(name, whole / ROOT, folder / ROOT))
-            shutil.rmtree(folder / STATIONS[name][1])  # nothing left to kill: do it again
+            shutil.rmtree(folder / STAGES[name][1])  # nothing left to kill: do it again
         check_visible(folder / ROOT)
     meshes.append(rng.choice(MESHES))
     finish(start(folder, name, meshes[-1]))
@@ -177,9 +177,9 @@ def bytes_of(root: pathlib.Path, part: str) -> dict[str, str]:
 
 
 def compare(name: str, whole: pathlib.Path, killed: pathlib.Path) -> dict[str, Any]:
-    """Return how a station's results differ in two pipelines: the files that do, or the largest differences."""
+    """Return how a stage's results differ in two pipelines: the files that do, or the largest differences."""
     if name in ("collect", "export"):
-        ours, theirs = (bytes_of(root, STATIONS[name][1].name) for root in (killed, whole))
+        ours, theirs = (bytes_of(root, STAGES[name][1].name) for root in (killed, whole))
         return {"compared": theirs.keys(), "files": {file for file, _ in ours.items() ^ theirs.items()}}
     if name == "generate":
         return {"adapter": largest(*(adapters.read(root / "generated" / "mine")[0] for root in (killed, whole)))}
@@ -206,7 +206,7 @@ def kill_loop(whole: pathlib.Path, killed: pathlib.Path, kills: int, seed: int) 
     """Disturb a copy of `whole`'s world, and return how its results differ from those of `whole`.
 
     Raises:
-      RuntimeError, InputError: a station that doesn't go on after a kill, or a half-written file under a final name.
+      RuntimeError, InputError: a stage that doesn't go on after a kill, or a half-written file under a final name.
     """
     seconds, rng = undisturbed(whole), random.Random(seed)
     for part in ("base", "encoder", "datasets", "unrelated"):
@@ -217,8 +217,8 @@ def kill_loop(whole: pathlib.Path, killed: pathlib.Path, kills: int, seed: int) 
     meshes: list[tuple[int, ...]] = []
     results: list[dict[str, Any]] = []
     total = 0
-    for number, name in enumerate(STATIONS):
-        share = (kills + len(STATIONS) - 1 - number) // len(STATIONS)
+    for number, name in enumerate(STAGES):
+        share = (kills + len(STAGES) - 1 - number) // len(STAGES)
         ran, amid, found = disturb(whole, killed, name, share, seconds[name], rng)
         meshes, total, results = meshes + (ran if name == "train" else []), total + amid, results + found
         print(f"{name}: {share} kills, {amid} of them amid a write, {len(found)} times at its end, undisturbed "
@@ -232,7 +232,7 @@ def within(found: dict[str, Any]) -> bool:
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("kills", 10, "How often to kill, all stations together.")
+    flags.DEFINE_integer("kills", 10, "How often to kill, all stages together.")
     flags.DEFINE_integer("seed", 0, "Draws moments and meshes.")
     flags.DEFINE_string("out", "build/kill_loop", "Folder that is made anew; `whole` and `killed` in it are compared.")
 
