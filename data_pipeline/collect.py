@@ -5,7 +5,8 @@
     sbatch experiments/cluster/collect.sbatch experiments/configs/common_sense.py:ARC-c  # tasks over a cluster
 
 Each task is trained to a point, then continued with every step saved, all tasks from one initial A, as published, unless
-`collect.seed_per_task`. A run is `out/<task>/{run.json,step_<n>/}`; finished runs are skipped, unfinished ones start over.
+`collect.seed_per_task`. A run is `out/<task>/{run.json,step_<n>/}`; finished runs are skipped, unfinished ones start over, so
+that experiments on one base, which hold out other tasks or learn from other conditions, share one `out`.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from data_pipeline import fine_tuning
 from dnd_jax import base_models, checksums, cli, files, folders, images, prompts
 from dnd_jax.jail.isolation import PARENT_DEATH
 from dnd_jax.sources import Source
-from dnd_jax.tasks import MULTI_TASK, read_tasks
+from dnd_jax.tasks import multi_task, read_tasks
 from dnd_jax.types import InputError
 
 FREE = {"out": None, "multi_task_steps": None}  # of `config.collect`, no part of a run's identity, which has its own `steps`
@@ -43,21 +44,23 @@ class Run:
     """One fine-tuning run: rows of `sources` for `steps` steps, then `checkpoints` more, each saved."""
 
     name: str
-    split: str
     sources: tuple[Source, ...]
     steps: int
     checkpoints: int
 
 
 def plan_runs(config: ml_collections.ConfigDict) -> list[Run]:
-    """Return a run per task, and first the multi-task run on the union of the training tasks."""
+    """Return first the multi-task run, on the union of the training tasks, and then a run per task.
+
+    No run depends on another task's split, so that experiments that hold out other tasks share their runs.
+    """
     tasks = read_tasks(config.tasks)
     c = config.collect
     union = tuple(task.train for task in tasks if task.split == "train")
     if not union:
         raise InputError(f"{config.tasks}: no task has the split 'train', on which adapters could be learned from")
-    runs = [Run(task.name, task.split, (task.train,), c.steps, c.checkpoints) for task in tasks]
-    return [Run(MULTI_TASK, "baseline", union, c.multi_task_steps, 1), *runs]
+    runs = [Run(task.name, (task.train,), c.steps, c.checkpoints) for task in tasks]
+    return [Run(multi_task(tasks), union, c.multi_task_steps, 1), *runs]
 
 
 def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
@@ -71,7 +74,7 @@ def take_shard(runs: Sequence[Run], shard: str) -> list[Run]:
 def identity(config: ml_collections.ConfigDict, run: Run) -> dict[str, Any]:
     """Return what a run depends on: prompts, base model, LoRA config and training settings, with hashes."""
     return {
-        "task": run.name, "split": run.split, "base": base_models.identity(config.base), "seed": config.seed,
+        "task": run.name, "base": base_models.identity(config.base), "seed": config.seed,
         "files": {source.key: source.sha256() for source in run.sources},
         "collect": cli.config_dict(config.collect) | FREE,
         "steps": run.steps, "checkpoints": run.checkpoints, "initial_seed": initial_seed(config, run),

@@ -18,7 +18,7 @@ from data_pipeline import agreement, collect
 from dnd_jax import adapters, base_models, checksums, cli, encoders, files, folders, pairs, prompts, tokens
 from dnd_jax.adapters import Spec
 from dnd_jax.sources import Row
-from dnd_jax.tasks import MULTI_TASK, Task, digest, read_tasks, step_folders
+from dnd_jax.tasks import Task, digest, read_tasks, step_folders
 from dnd_jax.tokens import Layout
 from dnd_jax.types import InputError, Tree
 
@@ -176,7 +176,7 @@ def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:
     Raises:
       InputError: names every run with another base or initial A, or of other data or settings than the config's.
     """
-    runs = [run for run in collect.plan_runs(config) if run.name != MULTI_TASK]
+    _, *runs = collect.plan_runs(config)  # without the multi-task run
     collected = {run.name: pathlib.Path(config.collect.out) / run.name for run in runs}
     records = {str(folder): files.read_json(folder / "run.json") for folder in collected.values()}
     for name, record in records.items():

@@ -19,7 +19,7 @@ from dnd_jax.generate import Generator
 from dnd_jax.scoring import kinds
 from dnd_jax.scoring.kinds import Scores
 from dnd_jax.sources import Row
-from dnd_jax.tasks import MULTI_TASK, SPLITS, digest, read_tasks, step_folders
+from dnd_jax.tasks import SPLITS, digest, multi_task, read_tasks, step_folders
 from dnd_jax.types import InputError
 
 DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")  # what depends on the prompts drawn
@@ -43,7 +43,8 @@ class Evaluation:
         if not self.test:
             raise InputError(f"{config.export.store}: has no test task, on which the rungs are compared; give a task that split")
         self._check_rows({task.name: task.test or task.train for task in listed})
-        self.collected = {name: self._read(name) for name in (*(task.name for task in (*self.train, *self.test)), MULTI_TASK)}
+        self.collected = {task.name: self._read(task.name) for task in (*self.train, *self.test)}
+        self.multi_task = self._read(multi_task(listed))
         self.train_adapters = [self.collected[task.name][0] for task in self.train]
         self.embeddings = np.stack([embeddings.pool(task.condition) for task in self.train])
         self.model = scoring.Model(config.base, self.store.spec, self.e.batch_size, self.e.max_new_tokens)
@@ -226,7 +227,7 @@ def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
         **(choosing_rungs(ev) if ev.validation else {}),
         "nearest": (nearest(ev), ""),
         "random": (fixed(ev.with_carried(baselines.random_like(ev.train_adapters, rng))), ""),
-        "multi_task": (fixed(ev.collected[MULTI_TASK]), ""),
+        "multi_task": (fixed(ev.multi_task), ""),
         "dnd": (generated(ev), f"step {ev.generator.step}"),
         "dnd_shuffled": (generated(ev, shuffled=True), ""),
         "dnd_random_text": (random_text(ev), ""),

@@ -1,9 +1,10 @@
 """The list of tasks: which datasets belong to which task, and its split; the checkpoints of its run."""
 
 import dataclasses
+import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -13,7 +14,7 @@ from dnd_jax.sources import Source
 from dnd_jax.types import InputError
 
 SPLITS = ("train", "validation", "test")
-MULTI_TASK = "multi_task"  # the run on the data of all training tasks
+MULTI_TASK = "multi_task"  # begins the name of a run on the data of all training tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ def read_tasks(source: files.PathLike | Mapping[str, Any] | ml_collections.Confi
 
 
 def _read_task(name: str, entry: Mapping[str, Any], folder: pathlib.Path, where: str) -> Task:
-    if not re.fullmatch(r"[^/\0.][^/\0]*", name) or name == MULTI_TASK:
+    if not re.fullmatch(r"[^/\0.][^/\0]*", name) or name.startswith(MULTI_TASK):
         raise InputError(f"{where}: a task's name is that of folders, so not {name!r}")
     if not isinstance(entry, Mapping) or (unknown := entry.keys() - {"split", "train", "test"}):
         found = sorted(unknown) if isinstance(entry, Mapping) else repr(entry)[:60]
@@ -57,6 +58,11 @@ def _read_task(name: str, entry: Mapping[str, Any], folder: pathlib.Path, where:
         raise InputError(f"{where}: names no 'train' file, only {sorted(entry)}")
     named = {part: sources.parse(entry[part], folder, where) for part in ("train", "test") if part in entry}
     return Task(name, entry["split"], named["train"], named.get("test"))
+
+
+def multi_task(tasks: Sequence[Task]) -> str:
+    """Return the name of the run on the data of all training tasks, which no other list of these has."""
+    return f"{MULTI_TASK}-{files.sha256_text(json.dumps([task.name for task in tasks if task.split == 'train']))[:8]}"
 
 
 def digest(run: pathlib.Path) -> str | None:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,19 @@ def test_a_run_that_fails_leaves_nothing_to_the_next_on_its_model(world, tmp_pat
     assert_same(run(world, tmp_path, accumulate=2), plain, 1e-6)
 
 
+def test_experiments_that_hold_out_other_tasks_share_all_runs_but_the_multi_task_one(world, tmp_path):
+    config = settings(world, tmp_path)
+    listed = json.loads((world / "tasks.json").read_text())
+    splits = dict(zip(listed, ("test", "train", "train"), strict=True))
+    (tmp_path / "tasks.json").write_text(json.dumps({name: entry | {"split": splits[name], "train": str(world / entry["train"])}
+                                                     for name, entry in listed.items()}))
+    other = ml_collections.ConfigDict(config)
+    other.tasks = str(tmp_path / "tasks.json")
+    (first, *ours), (second, *theirs) = collect.plan_runs(config), collect.plan_runs(other)
+    assert ours == theirs and first.name != second.name
+    assert [collect.identity(config, run) for run in ours] == [collect.identity(other, run) for run in theirs]
+
+
 def test_checkpointing_computes_layers_again(world, tmp_path):
     calls = []
     for checkpointing in (False, True):
@@ -184,12 +198,13 @@ def test_an_element_of_the_array_and_two_processes_share_the_runs(world, tmp_pat
     (tmp_path / "task0").rename(tmp_path / "by_one")
     run_module("accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
                "--num_cpu_threads_per_process=1", "-m", "data_pipeline.collect", first, *others, cwd=tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"by_one", "multi_task", "task0", "task1", "task2"}
+    names = {run.name for run in collect.plan_runs(settings(world, tmp_path))}
+    assert {p.name for p in tmp_path.iterdir()} == {"by_one", *names}
     assert_same(read(tmp_path / "task0"), plain, 1e-5)
 
 
 def test_shards_are_a_partition_of_the_runs():
-    runs = [collect.Run(str(i), "train", (), 1, 1) for i in range(7)]
+    runs = [collect.Run(str(i), (), 1, 1) for i in range(7)]
     shards = [collect.take_shard(runs, f"{i}/3") for i in range(3)]
     assert [[r.name for r in s] for s in shards] == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
     for wrong in ("3/3", "1", "-1/2", "0/0"):
@@ -240,15 +255,15 @@ def test_a_killed_worker_ends_the_command_with_a_message(world, tmp_path):
                                stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".multi_task.tmp-*")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(".multi_task-*.tmp-*")) and time.monotonic() < deadline:
             time.sleep(0.2)
-        (left,) = tmp_path.glob(".multi_task.tmp-*")
+        (left,) = tmp_path.glob(".multi_task-*.tmp-*")
         os.kill(int(left.name.rpartition("-")[2]), signal.SIGKILL)
         _, said = started.communicate(timeout=60)
     finally:
         started.kill()
     assert started.returncode == 1
-    assert "a process was killed" in said and "4 of 4 runs are not done: multi_task, task0, task1, task2" in said
+    assert "a process was killed" in said and re.search(r"4 of 4 runs are not done: multi_task-\w+, task0, task1, task2", said)
 
 
 def test_a_base_is_another_one_with_another_tokenizer_or_template_and_none_without_all_weights(world, tmp_path):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from data_pipeline import collect
 from dnd_jax import cli, tasks, workdirs
 from dnd_jax.adapters.architecture import ALL_LINEAR
 from dnd_jax.decoder import param_shapes
@@ -42,6 +43,15 @@ def read_names(config):
             pathlib.Path(entry[part]).parent.mkdir(exist_ok=True)
             pathlib.Path(entry[part]).touch()
     return {task.name for task in tasks.read_tasks(config.tasks)}
+
+
+def test_experiments_on_one_base_share_adapters():
+    """But the ablation that is one of mathematics."""
+    configs = [get(*variant) for variant in VARIANTS
+               if variant[0] in ("common_sense", "ablations") and variant[1] != "form-answer"]
+    runs = [(config.base, config.collect.out, cli.config_dict(config.collect) | collect.FREE) for config in configs]
+    assert len(runs) > 20 and all(run == runs[0] for run in runs)
+    assert get("ablations", "form-answer").collect.out == get("math", "1.5b").collect.out
 
 
 def test_the_config_to_copy_fits_too(tmp_path, monkeypatch):

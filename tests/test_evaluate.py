@@ -8,6 +8,7 @@ import pytest
 from conftest import SMOKE, run_module
 
 from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs
+from dnd_jax.tasks import multi_task, read_tasks
 from experiments.configs import tenants
 
 
@@ -58,7 +59,7 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
 def test_runs_that_the_store_was_not_made_of_are_not_evaluated(root, tmp_path):
     store = pairs.open_store(root / "store")
     one, other = (task.name for task in store.split("test")[:2])
-    for name in (one, other, "multi_task"):
+    for name in (one, other, multi_task(read_tasks(root / "tasks.json"))):
         rungs.check_exported(root / "adapters" / name, name, store)
     with pytest.raises(adapters.InputError, match=rf"{one}: its adapters have sha256 .*, those that {store.folder} was made of"):
         rungs.check_exported(root / "adapters" / one, other, store)

@@ -189,7 +189,7 @@ def test_lines_end_where_json_lines_do(tmp_path):
     ({"a": "x.json"}, "a: expected 'split'"), ({"a": ""}, "a: expected 'split'"),
     ({"a": {"split": "train", "train": "a.json", "tests": "a.json"}}, r"found \['tests'\]"),
     *(({name: {"split": "train", "train": "a.json"}}, "a task's name is that of folders")
-      for name in ("", "a/b", "../evil", ".hidden", "multi_task")),
+      for name in ("", "a/b", "../evil", ".hidden", "multi_task", "multi_task-1")),
 ])
 def test_tasks_that_are_none_are_named(tmp_path, listed, message):
     write(tmp_path, "a.json", [])

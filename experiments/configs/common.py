@@ -48,7 +48,7 @@ def published(
     """Return the config of one published experiment.
 
     Args:
-      name: of its folder under `runs/`.
+      name: of its folder under `runs/`; adapters are in one folder for all experiments on a model, which share them.
       model: key of MODELS.
       listed: from `tasks`, or a file as for `dnd_jax.tasks.read_tasks`.
       prompts: N, prompts of a condition.
@@ -78,7 +78,7 @@ def published(
     config.encoder = {**encoder, "length": length}
     config.condition = {"prompts": prompts, "form": form, "pool": pool or placeholder(int)}
     config.collect = {
-        "out": f"runs/{name}/adapters", "rank": rank, "alpha": 2 * rank, "dropout": 0.0, "target_modules": ALL_LINEAR,
+        "out": f"runs/adapters/{model}", "rank": rank, "alpha": 2 * rank, "dropout": 0.0, "target_modules": ALL_LINEAR,
         "initial_seed": 42, "seed_per_task": False, "learning_rate": 1e-4, "continued_learning_rate": 1e-5,
         "warmup_ratio": 0.01, "weight_decay": 0.0, "clip_norm": 1.0, "batch_size": 16, "steps": 300, "checkpoints": checkpoints,
         "multi_task_steps": 300 * (sets or 1), "max_length": cut_off, "max_rows": rows,
