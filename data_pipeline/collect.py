@@ -114,6 +114,8 @@ def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: 
     """Train one run and write its folder whole; return its name. Of several processes the first one writes."""
     began, known = time.perf_counter(), identity(config, run)  # of the data as they are now
     c = config.collect
+    if accelerator is None and is_finished(pathlib.Path(c.out) / run.name, known):
+        return run.name  # by another experiment meanwhile
     model, tokenizer, initial = fine_tuning.load_model(config.base, c, initial_seed(config, run))
     for name, parameter in model.named_parameters():
         if name in initial:

@@ -114,6 +114,13 @@ def test_experiments_that_hold_out_other_tasks_share_all_runs_but_the_multi_task
     assert [collect.identity(config, run) for run in ours] == [collect.identity(other, run) for run in theirs]
 
 
+def test_a_run_that_another_experiment_has_finished_meanwhile_is_left(world, tmp_path):
+    run(world, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run(world, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_checkpointing_computes_layers_again(world, tmp_path):
     calls = []
     for checkpointing in (False, True):
@@ -219,7 +226,7 @@ def test_rows_whose_response_is_cut_off_are_not_trained_on(world, tmp_path):
     found = json.loads((tmp_path / "task0" / "run.json").read_text())
     assert found["rows"] + found["rows_cut_off"] == 20 and found["rows_cut_off"] > 0 and np.isfinite(found["loss"]).all()
     with pytest.raises(InputError, match=r"task0: every prompt fills the cut-off, config\.collect\.max_length = 1 tokens"):
-        collect.collect_one(settings(world, tmp_path, max_length=1), one)
+        collect.collect_one(settings(world, tmp_path / "none", max_length=1), one)
 
 
 def test_a_run_says_which_data_it_was_trained_on(world, tmp_path, monkeypatch):
