@@ -100,7 +100,7 @@ def disturb(whole: pathlib.Path, folder: pathlib.Path, name: str, kills: int, se
     amid, results = 0, []
     while kills:
         meshes.append(rng.choice(MESHES))
-        before = temporaries(folder / ROOT)
+        before, began = temporaries(folder / ROOT), time.perf_counter()
         process = start(folder, name, meshes[-1])
         if writing := kills % 2 == 0:
             while process.poll() is None and not any(WRITES.get(name, "") in p for p, _ in temporaries(folder / ROOT) - before):
@@ -114,6 +114,7 @@ def disturb(whole: pathlib.Path, folder: pathlib.Path, name: str, kills: int, se
             amid += bool(temporaries(folder / ROOT) - before)
         else:
             finish(process)
+            seconds = min(seconds, time.perf_counter() - began)  # JAX has kept what it compiled the first time
             results.append(compare(name, whole / ROOT, folder / ROOT))
             shutil.rmtree(folder / STAGES[name][1])  # nothing left to kill: do it again
         check_visible(folder / ROOT)
