@@ -30,7 +30,7 @@ DEFAULT_COLUMNS: tuple[dict[str, str], ...] = (
 COLUMNS = ("prompt", "query", "response", "system", "images", "messages")
 JSON_LINES = (".jsonl", ".ndjson")
 PLACE = "<image>"  # where a prompt has an image, by the convention of such datasets; images without one come first
-HERE = "\ufffc"  # Unicode's sign of an object amid text, in place of an image that is a part of a chat's turn
+HERE = "\ufdd0"  # no character, so in no text: in place of an image that is a part of a chat's turn
 SPEAKERS = {"human": "prompt", "user": "prompt", "gpt": "response", "assistant": "response", "system": "system"}
 TAGS = {"user_tag": "prompt", "assistant_tag": "response", "system_tag": "system"}
 ENTRY: dict[str, type] = {"file_name": str, "hf_hub_url": str, "subset": str, "split": str, "num_samples": int, "formatting": str,
@@ -181,8 +181,8 @@ def _to_row(raw: Mapping[str, Any], columns: Mapping[str, str], source: Source, 
     images = raw.get(columns.get("images", "")) or []
     images = images if isinstance(images, list) else [images]
     if "messages" in columns:
-        turns = _turns(raw.get(columns["messages"]), source, number)
-        exchange, heard = _first_exchange(turns)
+        turns = _turns(raw.get(columns["messages"]), source.tags)
+        exchange, heard = _first_exchange(turns, source, number)
         found |= {field: text for field, text in exchange.items() if text}
         if images and any(HERE in text for _, text in turns):  # those of later exchanges are not of this row
             if (places := sum(text.count(HERE) for text in heard)) > len(images):
@@ -190,7 +190,8 @@ def _to_row(raw: Mapping[str, Any], columns: Mapping[str, str], source: Source, 
             images = images[:places]
     prompt = "\n".join(part for part in (found.get("prompt"), found.get("query")) if part).replace(HERE, PLACE if images else "")
     folder = pathlib.Path(source.place).parent
-    return Row(prompt, found.get("response", ""), found.get("system", "").replace(HERE, ""), tuple(
+    response, system = (found.get(field, "").replace(HERE, "") for field in ("response", "system"))
+    return Row(prompt, response, system, tuple(
         str(folder / image) if isinstance(image, str) and not source.hub else image for image in images))
 
 
@@ -205,24 +206,25 @@ def _part(part: Mapping[str, Any]) -> str:
     return HERE if part.get("type") in ("image", "image_url") else _text(part.get("text"))
 
 
-def _turns(chat: Any, source: Source, number: int) -> list[tuple[str, str]]:
-    """Return the turns of a chat: prompt, response or system, and the text."""
-    speakers = SPEAKERS | {source.tags[tag]: field for tag, field in TAGS.items() if tag in source.tags}
+def _turns(chat: Any, tags: Mapping[str, str]) -> list[tuple[Any, str]]:
+    """Return the turns of a chat: who speaks, as the file has it, and the text."""
     turns = []
     for turn in chat if isinstance(chat, list) else [chat]:
-        turn = turn if isinstance(turn, dict) else {"": turn}
-        speaker = turn.get(source.tags.get("role_tag", "from")) or turn.get("role")
-        if not isinstance(speaker, str) or speaker not in speakers:
-            raise InputError(f"{source}: row {number}: a turn is {str(turn)[:60]!r}, expected one from {sorted(speakers)}")
-        content = turn.get(source.tags.get("content_tag", "value"))
-        turns.append((speakers[speaker], _text(turn.get("content") if content is None else content)))
+        turn = turn if isinstance(turn, dict) else {"content": turn}
+        content = turn.get(tags.get("content_tag", "value"))
+        turns.append((turn.get(tags.get("role_tag", "from")) or turn.get("role"),
+                      _text(turn.get("content") if content is None else content)))
     return turns
 
 
-def _first_exchange(turns: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
+def _first_exchange(turns: Sequence[tuple[Any, str]], source: Source, number: int) -> tuple[dict[str, str], list[str]]:
     """Return the first answer, the question before it and the first system text; and the texts of all turns before the answer."""
+    speakers = SPEAKERS | {source.tags[tag]: field for tag, field in TAGS.items() if tag in source.tags}
     fields, heard = {"prompt": "", "response": "", "system": ""}, []
-    for field, text in turns:
+    for speaker, text in turns:
+        if not isinstance(speaker, str) or speaker not in speakers:
+            raise InputError(f"{source}: row {number}: a turn is {text[:60]!r} of {speaker!r}, expected one of {sorted(speakers)}")
+        field = speakers[speaker]
         if field == "response" and not fields["prompt"]:
             continue  # a greeting
         if field == "response" and text:

@@ -88,6 +88,11 @@ def test_image_parts_of_chats_are_those_of_the_first_exchange(tmp_path):
         sources.read("data/rows.json")
 
 
+def test_who_speaks_after_the_first_exchange_does_not_matter(tmp_path):
+    write(tmp_path, "a.json", [{"conversations": [*CHAT, {"from": "observation", "value": "42"}]}])
+    assert sources.read("a.json") == [Row("p", "r", "s")]
+
+
 def test_an_object_in_a_column_is_text_as_it_is(tmp_path):
     write(tmp_path, "a.json", [{"prompt": "p", "response": {"a": 1}}])
     assert sources.read("a.json") == [Row("p", "{'a': 1}")]
@@ -209,7 +214,7 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path):
     ("a.json", [{"question": "p"}], r"no row has a column 'prompt' for the prompt, there are \['question'\]"),
     ("a.jsonl", '{"prompt": "p"}\n{', "line 2: not JSON"),
     ("a.json", [{"conversations": [{"from": "dog"}]}], "row 0: a turn is"),
-    ("a.json", [{"conversations": ["woof"]}], "row 0: a turn is"),
+    ("a.json", [{"conversations": ["woof"]}], "row 0: a turn is 'woof' of None"),
     ("folder/a.json", [], "folder: "), ("b.json", [], "a.json: No such file"),
 ])
 def test_broken_files_are_named(tmp_path, name, value, message):
