@@ -223,7 +223,8 @@ def _first_exchange(turns: Sequence[tuple[Any, str]], source: Source, number: in
     fields, heard = {"prompt": "", "response": "", "system": ""}, []
     for speaker, text in turns:
         if not isinstance(speaker, str) or speaker not in speakers:
-            raise InputError(f"{source}: row {number}: a turn is {text[:60]!r} of {speaker!r}, expected one of {sorted(speakers)}")
+            raise InputError(f"{source}: row {number}: a turn is {text[:60]!r} of {speaker!r}, expected one of "
+                             f"{sorted(speakers)}")
         field = speakers[speaker]
         if field == "response" and not fields["prompt"]:
             continue  # a greeting
