@@ -30,7 +30,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipeline import fine_tuning
-from dnd_jax import base_models, checksums, cli, files, folders, images, prompts
+from dnd_jax import base_models, checksums, cli, files, folders, images, prompts, workdirs
 from dnd_jax.jail.isolation import PARENT_DEATH
 from dnd_jax.sources import Source
 from dnd_jax.tasks import multi_task, read_tasks
@@ -106,8 +106,17 @@ def is_finished(folder: pathlib.Path, expected: dict[str, Any]) -> bool:
     found = files.read_json(folder / "run.json")
     for key, value in expected.items():
         if not agrees(key, found.get(key), value):
-            raise InputError(f"{folder / 'run.json'}: {key} was {found.get(key)}, is now {value}; move the folder away")
+            raise InputError(f"{folder / 'run.json'}: {changes(key, found.get(key), value)}; move the folder away, or set "
+                             "another config.collect.out")
     return True
+
+
+def changes(key: str, known: Any, value: Any) -> str:
+    """Return in words what differs between an entry of a run's recorded identity and what it is now."""
+    if key == "collect" and isinstance(known, dict):
+        return "; ".join(f"{field} was {old!r}, is now {new!r}"
+                         for field, (old, new) in workdirs.differences({key: known | FREE}, {key: value}).items())
+    return f"{key} was {known}, is now {value}"
 
 
 def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: Any = None) -> str:
@@ -126,6 +135,9 @@ def collect_one(config: ml_collections.FrozenConfigDict, run: Run, accelerator: 
     if not examples:
         raise InputError(f"{run.name}: every prompt fills the cut-off, config.collect.max_length = {c.max_length} tokens")
     writes = accelerator is None or accelerator.is_main_process
+    if writes and len(examples) < len(rows):
+        cli.say(f"{run.name}: {len(rows) - len(examples)} of {len(rows)} rows are left out, as their prompts fill the cut-off, "
+                f"config.collect.max_length = {c.max_length} tokens")
     with folders.atomic_folder(pathlib.Path(c.out) / run.name, "run.json") if writes else contextlib.nullcontext() as folder:
         losses = fine_tuning.fine_tune(
             model, examples, tokenizer.eos_token_id, c, config.seed, run.steps, run.checkpoints,

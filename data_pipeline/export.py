@@ -178,6 +178,8 @@ def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:
     """
     _, *runs = collect.plan_runs(config)  # without the multi-task run
     collected = {run.name: pathlib.Path(config.collect.out) / run.name for run in runs}
+    if missing := [str(folder) for folder in collected.values() if not (folder / "run.json").exists()]:
+        raise InputError(f"{', '.join(missing)}: no such run; run data_pipeline.collect first")
     records = {str(folder): files.read_json(folder / "run.json") for folder in collected.values()}
     for name, record in records.items():
         if not isinstance(record, dict) or "base" not in record:
@@ -189,7 +191,7 @@ def check_runs(config: ml_collections.ConfigDict) -> dict[str, str]:
         known, wanted = records[str(collected[run.name])], collect.identity(config, run)
         others = [key for key in ("collect", "steps", "checkpoints", "files")
                   if key in known and not collect.agrees(key, known[key], wanted[key])]
-        found += [f"{collected[run.name]}: {key} was {known[key]}, is now {wanted[key]}; collect it again" for key in others]
+        found += [f"{collected[run.name]}: {collect.changes(key, known[key], wanted[key])}; collect it again" for key in others]
     seeds = {name: record.get("initial_seed") for name, record in records.items()}
     if not config.collect.seed_per_task:
         found += agreement.check_initial_seeds(seeds, config.export.gauge)

@@ -82,10 +82,18 @@ def load_model(base: str, c: ml_collections.FrozenConfigDict, seed: int) -> tupl
 
 
 def add_lora(model: Any, c: ml_collections.ConfigDict, seed: int) -> Any:
-    """Return the model with LoRA layers to train, A drawn from `seed`; of a vision-language model in its language tower only."""
+    """Return the model with LoRA layers to train, A drawn from `seed`; of a vision-language model in its language tower only.
+
+    Raises:
+      InputError: names targets that are no modules of the base.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
+    names = [f".{name}" for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    if missing := [target for target in c.target_modules if not any(name.endswith(f".{target}") for name in names)]:
+        there = sorted({name.rpartition(".")[2] for name in names})
+        raise InputError(f"config.collect.target_modules has {missing}, the base's modules are {there}")
     if c.checkpointing:
         model.config.use_cache = False
         model.activation_checkpointing_enable()

@@ -36,6 +36,12 @@ class Encoder(Protocol):
 
 def make(settings: Mapping[str, Any]) -> Encoder:
     """Make the encoder of a config or checkpoint: `kind` (by default a sentence encoder), `name`, `length`, and its options."""
+    kind, options = check(settings)
+    return KINDS[kind](**options)
+
+
+def check(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return kind and options of an encoder; raise InputError at an unknown kind, and at options that it doesn't take."""
     options = dict(settings)
     kind = options.pop("kind", "sentence")
     if kind not in KINDS:
@@ -47,7 +53,7 @@ def make(settings: Mapping[str, Any]) -> Encoder:
                          f"for kind {kind!r}, which takes {', '.join(known)}")
     if not isinstance(options["length"], int) or options["length"] < 1:
         raise InputError(f"config.encoder.length is {options['length']!r}, expected a number of positions, at least 1")
-    return KINDS[kind](**options)
+    return kind, options
 
 
 def identity(settings: Mapping[str, Any]) -> str | None:

@@ -32,6 +32,10 @@ from dnd_jax.types import InputError
 
 def check(e: ml_collections.ConfigDict) -> None:
     """Raise InputError at settings of `config.evaluate` that no rung can be asked with."""
+    for pair in e.unrelated:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise InputError(f"config.evaluate.unrelated has {pair!r}, expected pairs of a file and its scoring, as "
+                             "(('MMLU_test.json', 'choice'),)")
     for kind in (e.scoring, *(kind for _, kind in e.unrelated)):
         kinds.check(kind)
     for field, least in {"draws": 1, "batch_size": 1, "max_new_tokens": 1, "samples": 1, "in_context_examples": 0,

@@ -140,7 +140,8 @@ def check_link(name: files.PathLike) -> pathlib.Path:
     """Return a path that `link` can make a link; raise InputError if something else has that name."""
     path = pathlib.Path(name)
     if path.exists() and not path.is_symlink():
-        raise InputError(f"{path}: is there and not a link; move it away")
+        raise InputError(f"{path}: is there and not a link, which is to be made there; give another name, as {path}/new, or "
+                         "move it away")
     return path
 
 

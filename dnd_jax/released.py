@@ -178,7 +178,8 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
     width = config.model.condition_width if "model" in config else encoders.make(config.encoder).width
     decoder = decoder_of(config, config.encoder.length, width, layout.shape)
     params = params_from_torch(state)
-    checkpoints.check_shapes("state dict", params, param_shapes(decoder), "use the config that it was trained with")
+    checkpoints.check_shapes("state dict", params, param_shapes(decoder),
+                             "use the config that it was trained with, config.model included")
     about = {
         **decoder.to_json(), "config": cli.config_dict(config), "layout": layout.to_json(), "spec": spec.to_json(),
         "encoder": config.encoder.to_dict(), "encoder_sha256": None, "base": {"name": config.base, "sha256": "not recorded"},

@@ -69,6 +69,9 @@ def verdict(rungs: dict[str, Any], differences: dict[str, Any], best: str) -> st
               f"({rival['ci95'][0]:+.1%} to {rival['ci95'][1]:+.1%})")
     if len(rungs["dnd"]["per_task"]) == 1:
         return f"One held-out task says nothing about others: the {beaten}; {condition}."
+    if "in_task" in rungs and rungs["in_task"]["mean"] <= rungs["base"]["mean"]:
+        return (f"Nothing to generate: adapters trained on a task's own labels reach {rungs['in_task']['mean']:.1%}, the base "
+                f"{rungs['base']['mean']:.1%}; collect longer, or other tasks. The {beaten}.")
     if shuffled["ci95"][1] < 0:
         return f"The condition does harm: {condition}; the {beaten}."
     if shuffled["ci95"][0] <= 0 and shuffled["ci95"][1] < ABOUT_ZERO:

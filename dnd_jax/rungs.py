@@ -18,6 +18,7 @@ from dnd_jax.baselines import Flat
 from dnd_jax.generate import Generator
 from dnd_jax.scoring import kinds
 from dnd_jax.scoring.kinds import Scores
+from dnd_jax.settings import check_store
 from dnd_jax.sources import Row
 from dnd_jax.tasks import SPLITS, digest, multi_task, read_tasks, step_folders
 from dnd_jax.types import InputError
@@ -115,6 +116,8 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
       workdir: for messages.
       listed: the split of each task of the config.
     """
+    check_store(config, store)
+
     def compare(what: str, found: Any, expected: Any, place: str = workdir) -> None:
         if found != expected:
             raise InputError(f"{place}: {what} {str(found)[:300]}, {store.folder} says {str(expected)[:300]}")

@@ -40,9 +40,13 @@ def main(args: Any) -> None:
         raise InputError(f"command line: --data={args.data} needs --base")
     rows = prompts.read_rows(args.data)
     kinds.check_rows(scoring, rows, args.data)
+    if args.lm_eval and (args.adapter or args.out):
+        raise InputError("command line: --adapter and --out are of scoring, not of --lm_eval, which writes a task folder only")
     if args.lm_eval:
         names = harness.export(args.lm_eval, pathlib.Path(args.data).stem, scoring, rows, args.base, args.max_new_tokens)
-        print(f"{args.lm_eval}: {', '.join(names)}, {len(rows)} rows")
+        print(f"{args.lm_eval}: {len(rows)} rows; with dnd_jax installed or on PYTHONPATH\n"
+              f"lm_eval --model hf --model_args pretrained={args.base},peft=ADAPTER --include_path {args.lm_eval} --tasks "
+              f"{','.join(names)}")
         return
     tree, spec = adapters.read(args.adapter) if args.adapter else (None, None)
     model = Model(args.base, spec, args.batch_size, args.max_new_tokens)

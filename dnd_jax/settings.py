@@ -74,6 +74,16 @@ def check_here(config: ml_collections.ConfigDict) -> None:
                          f"of {size} examples, which config.mesh.data x config.mesh.fsdp = {parts} devices don't divide")
 
 
+def check_store(config: ml_collections.ConfigDict, store: pairs.Store) -> None:
+    """Raise InputError unless a store was exported with the encoder, form and gauge of the config."""
+    known = {"encoder": store.manifest["encoder"], "condition.form": store.manifest["form"],
+             "export.gauge": store.manifest["gauge"]}
+    wanted = {"encoder": config.encoder.to_dict(), "condition.form": config.condition.form, "export.gauge": config.export.gauge}
+    if found := workdirs.differences(known, wanted):
+        said = [f"config.{field} is {new!r}, {store.folder} was exported with {old!r}" for field, (old, new) in found.items()]
+        raise InputError(f"{'; '.join(said)}; export again")
+
+
 def check_processes(config: ml_collections.ConfigDict, store: pairs.Store) -> None:
     """Raise InputError, in all processes, unless all have one config and one store; their parameters would drift apart."""
     own = {"config": cli.config_dict(config), "store": files.sha256_file(store.folder / "manifest.json")}

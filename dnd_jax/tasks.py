@@ -74,5 +74,5 @@ def step_folders(run: pathlib.Path) -> list[pathlib.Path]:
     """Return a run's adapter folders in order of their steps."""
     found = [path for path in run.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     if not found:
-        raise InputError(f"{run}: holds no step_<n> folder, expected one per checkpoint")
+        raise InputError(f"{run}: holds no step_<n> folder, one per checkpoint; run data_pipeline.collect first")
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

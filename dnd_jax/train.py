@@ -24,7 +24,7 @@ from dnd_jax import checkpoints, cli, distributed, embeddings, guards, inputs, l
 from dnd_jax.adapters import keys
 from dnd_jax.decoder import HyperConvDecoder, decoder_of
 from dnd_jax.losses import add_noise, norm_ratio, token_loss
-from dnd_jax.settings import check_here, check_processes
+from dnd_jax.settings import check_here, check_processes, check_store
 from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError, Params
 from dnd_jax.validation import make_validate
@@ -239,6 +239,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     check_here(config)
     store = pairs.open_store(config.export.store)
     check_processes(config, store)
+    check_store(config, store)
     if not store.split("train"):
         raise InputError(f"{config.export.store}: has no train task, training needs at least one")
     if not store.split("validation"):

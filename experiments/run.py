@@ -9,6 +9,7 @@ tasks, so theirs is without the rungs that choose on these.
 """
 
 import pathlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import ml_collections
 from absl import flags
 
 from data_pipeline import export
-from dnd_jax import cli, evaluate, settings, workdirs
+from dnd_jax import cli, encoders, evaluate, settings, workdirs
 from dnd_jax.prompts import read_rows
 from dnd_jax.scoring import kinds
 from dnd_jax.tasks import read_tasks
@@ -41,6 +42,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raise InputError at what a stage would fail on after days of work."""
     evaluate.check(config.evaluate)
     export.check(config)
+    encoders.check(config.encoder)
     settings.check_anywhere(config)
     for place, kind in config.evaluate.unrelated:
         try:
@@ -58,7 +60,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def run(command: Sequence[str]) -> int:
     """Run a module's command line, print it before, and return its exit status."""
-    print(f"== python -m {' '.join(command)}", flush=True)
+    print(f"== python -m {shlex.join(command)}", flush=True)
     return subprocess.run([sys.executable, "-m", *command]).returncode
 
 
@@ -75,7 +77,7 @@ def main(args: Any) -> None:
     workdirs.check_config(args.config, workdir)
     planned = stages(args.config, with_config, args.workdir, args.jobs, args.despite_findings)
     if run(["data_pipeline.datasets", "audit", *with_config]) and not args.despite_findings:
-        raise InputError(f"{with_config[0]}: see the audit's findings above; --despite_findings goes on all the same")
+        raise InputError(f"{with_config[0]}: see above what the audit found; --despite_findings goes on where it can")
     for command in planned:
         if status := run(command):
             raise InputError(f"python -m {command[0]} ended with status {status}; the same command goes on from there")

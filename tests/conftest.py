@@ -152,7 +152,7 @@ def tiny_config(store, **train):
 
     config = tenants.get_config("smoke").unlock()
     config.export.store = str(store)
-    config.condition.prompts = 4
+    config.condition.prompts, config.encoder = 4, {"name": "none", "length": 5}
     config.decoder = {"blocks": ((6, 4, 6),), "kernel_size": 3, "shortened": None}
     config.train.update({"steps": 6, "batch_size": 8, "validate_every": 2, "log_every": 1} | train)
     return config.lock()
@@ -162,7 +162,8 @@ def train_command(store, workdir, **train):
     """Return the command line that trains `tiny_config`."""
     settings = {"steps": 6, "batch_size": 8, "validate_every": 2, "log_every": 1} | train
     return ["dnd_jax.train", SMOKE, f"--workdir={workdir}",
-            f"--config.export.store={store}", "--config.condition.prompts=4", "--config.decoder.kernel_size=3",
+            f"--config.export.store={store}", "--config.encoder.name=none", "--config.encoder.length=5",
+            "--config.condition.prompts=4", "--config.decoder.kernel_size=3",
             "--config.decoder.blocks=((6, 4, 6),)", *(f"--config.train.{k}={v}" for k, v in settings.items())]
 
 

@@ -299,6 +299,12 @@ def test_settings_that_can_not_be_are_named(world, tmp_path, changes, message):
         fine_tuning.check(settings(world, tmp_path, **changes).collect)
 
 
+def test_targets_that_the_base_does_not_have_are_named(world, tmp_path):
+    """PEFT adapts those that it has, and says nothing of the others."""
+    with pytest.raises(InputError, match=r"target_modules has \['vproj'\], the base's modules are .*'up_proj', 'v_proj'\]"):
+        run(world, tmp_path, target_modules=("q_proj", "vproj"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without an NVIDIA GPU answers")
 def test_four_bits_need_a_gpu(world, tmp_path):
     done = run_module("data_pipeline.collect", *command(world, tmp_path), "--config.collect.quantize=nf4", cwd=tmp_path,

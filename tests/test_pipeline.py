@@ -213,7 +213,7 @@ def test_collect_repeats_a_run_that_was_lost_exactly(root, smoke):
 
 
 @pytest.mark.parametrize("change,message", [
-    ("--config.collect.learning_rate=9", "collect was"),
+    ("--config.collect.learning_rate=9", "collect.learning_rate was 0.005, is now 9.0"),
     ("--config.export.store=build/tenants-smoke/adapters", "holds no manifest.json"),
     ("--config.export.store=build/tenants-smoke", "holds no manifest.json")])
 def test_export_takes_nothing_that_was_collected_otherwise_and_replaces_nothing_else(root, smoke, change, message):

@@ -69,7 +69,9 @@ def test_report_has_every_rung_and_stands_alone(ran, root):
 @pytest.mark.parametrize("field,value,said", [
     ("evaluate.scoring", "guess", "scoring is 'guess'"), ("condition.form", "poem", "condition.form is 'poem'"),
     ("export.gauge", "alin", "gauge is 'alin'"),
-    ("condition.pool", -3, "pool is -3"), ("train.clip_norm", -1.0, "clip_norm is -1.0"),
+    ("condition.pool", -3, "pool is -3"), ("encoder.kind", "sentance", "kind is 'sentance'"),
+    ("evaluate.unrelated", ("a.json", "exact"), "unrelated has 'a.json', expected pairs"),
+    ("train.clip_norm", -1.0, "clip_norm is -1.0"),
     ("evaluate.unrelated", (("nowhere.json", "exact"),), "config.evaluate.unrelated: nowhere.json")])
 def test_what_a_late_stage_would_refuse_is_refused_first(root, smoke, monkeypatch, field, value, said):
     monkeypatch.chdir(smoke)

@@ -265,7 +265,8 @@ def test_an_adapter_of_another_base_is_refused(base, adapter):
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"scoring": "guess"}, "scoring is 'guess'"), ({"lm_eval": "out", "scoring": "code"}, "--scoring=code can't be exported"),
+    ({"scoring": "guess"}, "scoring is 'guess'"), ({"lm_eval": "out", "adapter": "a"}, "--adapter and --out are of scoring"),
+    ({"lm_eval": "out", "scoring": "code"}, "--scoring=code can't be exported"),
     ({"adapter": "none"}, "none"),
 ])
 def test_command_names_what_is_wrong(base, tmp_path, options, message):

@@ -72,6 +72,12 @@ def test_the_verdict_claims_what_the_intervals_allow(shuffled, rival, tasks, sai
     assert report.verdict(rungs, differences, "ridge").startswith(said)
 
 
+def test_adapters_that_learned_nothing_are_not_held_against_the_generator():
+    differences = {f"dnd-{name}": {"mean": 0.0, "ci95": [0.0, 0.0]} for name in ("ridge", "dnd_shuffled")}
+    rungs = {"dnd": {"per_task": {"a": 0.1, "b": 0.1}}, "ridge": {"mean": 0.1}, "base": {"mean": 0.1}, "in_task": {"mean": 0.1}}
+    assert report.verdict(rungs, differences, "ridge").startswith("Nothing to generate: adapters trained on a task's own labels")
+
+
 def test_resamples_are_the_same_however_many_are_made_at_once(rng, monkeypatch):
     scores = [rng.random(size) for size in (5, 30, 11)]
     whole = nested_interval(scores)

@@ -306,6 +306,16 @@ def test_configs_written_by_hand_are_refused_in_words(store, change, said):
         settings.check_anywhere(ml_collections.ConfigDict(values))
 
 
+@pytest.mark.parametrize("field,value", [("encoder.length", 6), ("condition.form", "mix"), ("export.gauge", "align")])
+def test_a_store_that_was_exported_otherwise_is_refused_before_anything_is_written(tmp_path, store, field, value):
+    """The workdir would say what isn't so."""
+    config = tiny_config(store).unlock()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=rf"config\.{field} is '?{value}'?, .*store was exported with .*; export again"):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_validation_takes_no_more_at_once_than_a_microbatch_and_is_the_same(tmp_path, rng, monkeypatch):
     opened = pairs.open_store(make_store(tmp_path / "store", rng, validation=3))
     found, sizes, put = [], [], sharding.put_filled

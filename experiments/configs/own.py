@@ -21,8 +21,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         batch_size=64, steps=2000, checkpoints=50, rows=5000, cut_off=2048, scoring="exact", max_new_tokens=64)
     config.base = "Qwen/Qwen2.5-0.5B-Instruct"  # folder or hub name of any causal language model
     config.collect.out = "runs/mine/adapters"
-    config.collect.rank, config.collect.alpha = 8, 16
+    config.collect.rank, config.collect.alpha = 8, 16  # `collect.target_modules` has the linear layers of Qwen and Llama
     config.collect.steps, config.collect.multi_task_steps = 300, 2000  # of each task's run, and of the one on all training tasks
     config.encoder.name = "sentence-transformers/all-MiniLM-L12-v2"
-    config.evaluate.unrelated = ()  # files on which harm is measured, and how each is scored
+    config.evaluate.unrelated = ()  # on which harm is measured, as (("MMLU_test.json", "choice"),)
     return config
