@@ -1,6 +1,5 @@
 """Fine-tuning at scale, in miniature: however a batch is divided and whatever is recomputed, the run is the same run."""
 
-import functools
 import json
 import os
 import re
@@ -13,15 +12,13 @@ import time
 import ml_collections
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 from conftest import ROOT, run_module, small_base
-from transformers.utils.hub import cached_file
 
 from data_pipeline import collect, fine_tuning
-from dnd_jax import adapters, base_models, encoders
+from dnd_jax import adapters
 from dnd_jax.adapters.architecture import ALL_LINEAR, spec_of_model
-from dnd_jax.sources import Row, Source
+from dnd_jax.sources import Row
 from dnd_jax.types import InputError
 from experiments.configs import tenants
 
@@ -273,20 +270,6 @@ def test_a_killed_worker_ends_the_command_with_a_message(world, tmp_path):
     assert "a process was killed" in said and re.search(r"4 of 4 runs are not done: multi_task-\w+, task0, task1, task2", said)
 
 
-def test_a_base_is_another_one_with_another_tokenizer_or_template_and_none_without_all_weights(world, tmp_path):
-    base = shutil.copytree(world / "base", tmp_path / "base")
-    ours, copied = (base_models.identity(str(folder)) for folder in (world / "base", base))
-    assert base_models.is_same(copied, ours)
-    (base / "chat_template.jinja").write_text("{{ messages }}")
-    assert not base_models.is_same(base_models.identity(str(base)), ours)
-    assert base_models.is_same(base_models.identity(str(base)), {"name": "elsewhere", "sha256": ours["sha256"]})
-    tensors = safetensors.numpy.load_file(base / "model.safetensors")
-    del tensors["model.layers.1.self_attn.q_proj.weight"]
-    safetensors.numpy.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"base: its files lack 1 parameters of Qwen2ForCausalLM, such as model\.layers\.1"):
-        base_models.load_base(str(base))
-
-
 @pytest.mark.parametrize("changes,message", [
     ({"dtype": "float8"}, "dtype is 'float8', expected one of"), ({"quantize": "int3"}, "quantize is 'int3', expected one of"),
     ({"accumulate": 7}, "batch_size is 6, expected at least one row for each of 7"),
@@ -335,38 +318,6 @@ def test_dropout_depends_on_the_run_alone(world, tmp_path):
     first = run(world, tmp_path / "a", dropout=0.3)
     torch.rand(7)
     assert_same(run(world, tmp_path / "b", dropout=0.3), first, 0)
-
-
-def test_the_weights_that_are_loaded_and_every_source_count(world, tmp_path):
-    base = shutil.copytree(world / "base", tmp_path / "base")
-    found = [base_models.identity(str(base))["sha256"]]
-    (base / "training_args.bin").write_bytes(b"of a trainer")
-    (base / "pytorch_model.bin").write_bytes(b"not loaded")
-    assert base_models.identity(str(base))["sha256"] == found[0]
-    (base / "model.safetensors").unlink()
-    for weights in (b"weights", b"others"):
-        (base / "pytorch_model.bin").write_bytes(weights)
-        found.append(base_models.identity(str(base))["sha256"])
-    assert len(set(found)) == 3
-    sources = (Source("a.json"), Source("a.json", num_samples=1), Source("a.json", columns={"prompt": "q"}))
-    assert len({source.key for source in sources}) == 3 and sources[0].key == "a.json"
-
-
-def test_hub_names_are_known_by_their_commit(tmp_path, monkeypatch):
-    """As the hub's cache has it; nothing else in transformers says it any more."""
-    commit = "a" * 40
-    snapshot = tmp_path / "models--some--base" / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (tmp_path / "models--some--base" / "refs").mkdir()
-    (tmp_path / "models--some--base" / "refs" / "main").write_text(commit)
-    hub = "transformers.utils.hub.cached_file"
-    monkeypatch.setattr(hub, functools.partial(cached_file, cache_dir=str(tmp_path), local_files_only=True))
-    assert base_models.identity("some/base") == {"name": "some/base", "sha256": commit}
-    assert encoders.identity({"name": "some/base"}) == f"commit {commit}" and encoders.identity({"name": "no/base"}) is None
-    unknown, other = {"name": "some/base", "sha256": "None"}, {"name": "other", "sha256": commit}
-    assert base_models.is_same(unknown, base_models.identity("some/base")) and base_models.is_same(other, other | {"name": "x"})
-    assert not base_models.is_same(unknown, other)
 
 
 def test_a_finished_run_is_known_whatever_its_sources_were_called(world, tmp_path):

@@ -11,7 +11,7 @@ from conftest import run_module
 
 from dnd_jax import sources
 from dnd_jax.prompts import read_rows
-from dnd_jax.sources import Row
+from dnd_jax.sources import Row, Source
 from dnd_jax.tasks import read_tasks
 from dnd_jax.types import InputError
 
@@ -91,6 +91,11 @@ def test_image_parts_of_chats_are_those_of_the_first_exchange(tmp_path):
 def test_who_speaks_after_the_first_exchange_does_not_matter(tmp_path):
     write(tmp_path, "a.json", [{"conversations": [*CHAT, {"from": "observation", "value": "42"}]}])
     assert sources.read("a.json") == [Row("p", "r", "s")]
+
+
+def test_every_source_has_a_key_of_its_own():
+    found = (Source("a.json"), Source("a.json", num_samples=1), Source("a.json", columns={"prompt": "q"}))
+    assert len({source.key for source in found}) == 3 and found[0].key == "a.json"
 
 
 def test_an_object_in_a_column_is_text_as_it_is(tmp_path):
