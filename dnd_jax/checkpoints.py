@@ -294,7 +294,7 @@ def check_shapes(source: files.PathLike, found: Params, wanted: Params,
     for key in sorted(have | want):
         if have.get(key) != want.get(key):
             raise InputError(f"{source}: {key} has shape {have.get(key, 'none')} there, {want.get(key, 'none')} in this decoder; "
-                             f"{advice}")
+                             + advice)
 
 
 def _metadata(path: pathlib.Path) -> Any:
