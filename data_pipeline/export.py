@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,7 +106,12 @@ def export(config: ml_collections.ConfigDict) -> None:
     if _is_made_of(config.export.store, made_of):
         print(f"{config.export.store}: is there, made of the same")
         return
+    if os.path.exists(f"{config.export.store}/manifest.json"):
+        cli.say(f"{config.export.store}: is there, made of something else or damaged: made anew; workdirs trained on it don't "
+                "go on with the new one")
     encoder, encoder_sha256 = encoders.make(config.encoder), encoders.identity(config.encoder)
+    if remark := encoders.describe_cut(encoder, [text for task in tasks for text in texts_of(config, task)]):
+        cli.say(remark)
     entries: dict[str, dict[str, Any]] = {}
     with folders.atomic_folder(config.export.store, "manifest.json", pairs.NAMES) as folder:
         weights, specs, found = [], {}, []

@@ -55,7 +55,7 @@ class Checkpointer:
         recorded the hashes is first read by every process, and set aside if none of them can.
 
         Raises:
-          InputError: a sound checkpoint with parameters of other names or shapes.
+          InputError: a sound checkpoint with parameters of other names or shapes, or with no optimizer's state.
           OSError: the newest checkpoint is sound but can't be loaded (for want of memory, or it holds another state), or it has
             no hashes and only some processes can read it (a shared file system that lags). Nothing is set aside then. Of
             several processes the others end too.
@@ -72,7 +72,10 @@ class Checkpointer:
         if path is None:
             return None
         try:
-            check_shapes(path, _shapes(path), like["params"] if isinstance(like, dict) else like.params)
+            known, wanted = _metadata(path), like if isinstance(like, dict) else vars(like)
+            check_shapes(path, known["params"], wanted["params"])
+            if "opt_state" in wanted and "opt_state" not in known:
+                raise InputError(f"{path}: has no state of an optimizer; a decoder that was imported can't be trained on")
             state = ocp.load_checkpointables(path, {"state": like})["state"]
         except InputError:
             raise
@@ -301,12 +304,8 @@ def _metadata(path: pathlib.Path) -> Any:
     return ocp.metadata(path, checkpointable_name="state").metadata
 
 
-def _shapes(path: pathlib.Path) -> Any:
-    return _metadata(path)["params"]
-
-
 def _load_params(path: pathlib.Path) -> Params:
-    like = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _shapes(path))}
+    like = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _metadata(path)["params"])}
     partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.Context(pytree_options=partial):
         return ocp.load(path, like, checkpointable_name="state")["params"]

@@ -24,11 +24,21 @@ NUMBER = re.compile(r"-?\d*\.?\d+(e-?\d+)?")
 
 
 class Encoder(Protocol):
-    """Prompts to a condition, float16 `[P, L, C]`."""
+    """Prompts to a condition, float16 `[P, L, C]`.
+
+    Attributes:
+      length: of the prompts, in tokens; what a prompt has beyond it is not read.
+    """
+
+    length: int
 
     @property
     def width(self) -> int:
         """Channels C of a condition."""
+        ...
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return each prompt's tokens, also beyond `length`."""
         ...
 
     def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "P L C"]: ...
@@ -89,6 +99,12 @@ def of_decoder(about: Mapping[str, Any]) -> Encoder:
     return encoder
 
 
+def describe_cut(encoder: Encoder, texts: Sequence[str]) -> str:
+    """Return how many texts an encoder cuts, in words; empty if none."""
+    cut = sum(count > encoder.length for count in encoder.count_tokens(texts))
+    return f"{cut} of {len(texts)} texts have more than the encoder's {encoder.length} tokens, and are cut there" if cut else ""
+
+
 def check_same(about: Mapping[str, Any]) -> None:
     """Raise InputError if the files of a decoder's encoder have changed since; another commit on the hub is only said."""
     name, known, found = about["encoder"]["name"], about["encoder_sha256"], identity(about["encoder"])
@@ -138,6 +154,9 @@ class _Transformer(abc.ABC):
     @property
     def width(self) -> int:
         return self._model.config.hidden_size
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self._tokenizer(list(prompts), verbose=False).input_ids]
 
     def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "P L C"]:
         return np.concatenate([self._encode(prompts[i : i + self.batch_size])
@@ -263,10 +282,15 @@ class GloveEncoder:
         condition = np.zeros((len(prompts), self.length, self.width), np.float16)
         unknown = np.ones(self.width, np.float32)
         for i, prompt in enumerate(prompts):
-            words = re.findall(r"\w+|[^\w\s]", prompt.lower())[: self.length]
-            for j, word in enumerate(words):
+            for j, word in enumerate(self._words(prompt)[: self.length]):
                 condition[i, j] = self._vectors.get(word, unknown)
         return condition
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [len(self._words(prompt)) for prompt in prompts]
+
+    def _words(self, prompt: str) -> list[str]:
+        return re.findall(r"\w+|[^\w\s]", prompt.lower())
 
 
 KINDS: dict[str, Callable[..., Encoder]] = {

@@ -223,6 +223,9 @@ def main(args: Any) -> None:
     generator = Generator(args.workdir)
     encoder = encoders.of_decoder(generator.about)
     chosen = {name: choose(found, generator.prompts, args.seed, name) for name, found in texts.items()}
+    for name, some in chosen.items():
+        if remark := encoders.describe_cut(encoder, some):
+            cli.say(f"{name}: {remark}")
     for remark in filter(None, (describe_carried(generator.about), describe_form(generator.about))):
         cli.say(remark)
 

@@ -15,19 +15,32 @@ from jax.experimental import multihost_utils
 def until_terminated() -> Iterator[Callable[[int], bool]]:
     """Yield a function that tells after a step whether SIGTERM has come; it no longer ends the process while the block runs.
 
-    A process alone has to be in its main thread, which alone hears signals.
+    A process alone hears Ctrl-C (SIGINT), too, once: after the block it ends by KeyboardInterrupt, and a second one ends it at
+    once. It has to be in its main thread, which alone hears signals.
 
-    Of several processes, one gets it first: JAX then agrees on a step after which all of them are told.
+    Of several processes, one gets SIGTERM first: JAX then agrees on a step after which all of them are told.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
     came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+
+    def hear(number: int, frame: Any) -> None:
+        came.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    heard = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in a shell's background
+        heard.append(signal.SIGINT)
+    before = {number: signal.signal(number, hear) for number in heard}
     try:
         yield lambda step: bool(came)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in came:
+        raise KeyboardInterrupt
 
 
 def check_finite(metrics: Mapping[str, Any], step: int, names: Callable[[int], set[str]], last_good: Callable[[], str]) -> None:

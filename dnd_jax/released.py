@@ -174,6 +174,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, state: Mapping[str, np.
     """
     shapes = config.get("model") or files.read_json(f"{config.base}/config.json")
     spec = spec_of_model(shapes, config.collect.rank, config.collect.target_modules)
+    spec.config["base_model_name_or_path"] = config.base
     layout = tokens.plan(spec, config.export.chunk)
     width = config.model.condition_width if "model" in config else encoders.make(config.encoder).width
     decoder = decoder_of(config, config.encoder.length, width, layout.shape)

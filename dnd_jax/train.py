@@ -140,7 +140,8 @@ def train(config: ml_collections.ConfigDict, store: pairs.Store, workdir: pathli
     """Train from the latest sound checkpoint, or from the start, to `config.train.steps`.
 
     Writes `checkpoints/<step>` every `validate_every` steps, with the losses on the validation tasks, which choose the best
-    one, and appends to `metrics.jsonl`. SIGTERM saves the step under way, validated only if it is such a step, and returns.
+    one, and appends to `metrics.jsonl`. SIGTERM saves the step under way, validated only if it is such a step, and returns;
+    so does Ctrl-C of a process alone, and raises KeyboardInterrupt.
 
     Raises:
       FloatingPointError: a loss, a gradient or a parameter that isn't finite, before anything of it is saved.

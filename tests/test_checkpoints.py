@@ -108,6 +108,12 @@ def test_a_checkpoint_of_another_state_is_left_as_it_is(folder):
     assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
 
 
+def test_an_imported_decoder_is_not_trained_on(folder):
+    with pytest.raises(InputError, match=r"checkpoints/3: has no state of an optimizer; a decoder that was imported"):
+        checkpoints.Checkpointer(folder, ABOUT).restore({**state_of(0), "opt_state": jnp.zeros(1)})
+    assert (folder / "3").is_dir() and not list(folder.glob("*.damaged"))
+
+
 def test_a_file_that_cannot_be_read_is_no_damage(folder, monkeypatch):
     monkeypatch.setattr(checksums.files, "sha256_file", fails(PermissionError(13, "Permission denied", "state/d/1")))
     for read in (restored, checkpoints.load_latest):

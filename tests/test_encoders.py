@@ -75,6 +75,17 @@ def test_a_prompt_has_one_condition_whatever_its_batch(folders, name):
     np.testing.assert_array_equal(many[-6:], together)
 
 
+@pytest.mark.parametrize("name,length,count", [  # of tokens of the longest prompt, with those that the tokenizer adds
+    ("sentence", 8, 12), ("windows", 16, 12), ("roberta", 8, 12), ("t5", 9, 10), ("causal_lm", 12, 10), ("glove", 9, 10)])
+def test_prompts_that_are_cut_are_counted(folders, name, length, count):
+    encoder = encoders.make(settings(folders)[name] | {"length": length})
+    assert max(encoder.count_tokens(PROMPTS)) == count == encoder.count_tokens(PROMPTS[-1:])[0]
+    cut, whole = (encoders.describe_cut(encoder, [PROMPTS[i]] * 3) for i in (-1, 4))
+    assert cut == (f"3 of 3 texts have more than the encoder's {length} tokens, and are cut there" if count > length else "")
+    assert not whole
+    assert np.array_equal(*encoder([PROMPTS[-1], PROMPTS[-1] + " ant"])) == (count > length)
+
+
 def test_windows_are_encoded_on_their_own(folders):
     chosen = settings(folders)
     long, short = encoders.make(chosen["windows"]), encoders.make(chosen["sentence"])

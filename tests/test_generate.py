@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -59,15 +60,17 @@ def test_several_files_compile_once_and_equal_single_calls(prompt_files, tmp_pat
 
 def test_the_command_line_names_failing_files_and_keeps_the_others(prompt_files, tmp_path, smoke):
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "long.txt").write_text("how zib is the whale ? :\n" + "how zib is the whale ? : " * 9)
     a, b, _ = prompt_files
     done = run_module("dnd_jax.generate", "--workdir=build/tenants-smoke/run", f"--prompts={a},{tmp_path}/empty.txt",
-                      f"--prompts={tmp_path}/nowhere.txt", f"--prompts={b}", f"--out={tmp_path}/many", "--profile=portable",
-                      cwd=smoke, check=False)
+                      f"--prompts={tmp_path}/nowhere.txt", f"--prompts={b}", f"--prompts={tmp_path}/long.txt",
+                      f"--out={tmp_path}/many", "--profile=portable", cwd=smoke, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith(f"error: 2 of 4 prompt files gave no adapter: {tmp_path}/empty.txt: no prompts")
+    assert message.startswith(f"error: 2 of 5 prompt files gave no adapter: {tmp_path}/empty.txt: no prompts")
     assert f"; {tmp_path}/nowhere.txt: " in message
-    assert sorted(p.name for p in (tmp_path / "many").iterdir() if p.is_symlink()) == ["a", "b"]
+    assert sorted(p.name for p in (tmp_path / "many").iterdir() if p.is_symlink()) == ["a", "b", "long"]
+    assert re.search(r"/long\.txt: \d of 14 texts have more than the encoder's 14 tokens, and are cut there\n", done.stdout)
     assert adapters.read(tmp_path / "many" / "b")[1].config["r"] == 8
 
 

@@ -184,11 +184,15 @@ def test_a_store_is_made_anew_only_of_others(root, smoke, tmp_path, monkeypatch,
         before = (place / "store" / "manifest.json").stat().st_mtime_ns
         export.export(config)
         anew = (place / "store" / "manifest.json").stat().st_mtime_ns != before
-        assert ("is there, made of the same" in capsys.readouterr().out) != anew
+        said = capsys.readouterr().out
+        assert ("is there, made of the same" in said) != anew and ("damaged: made anew; workdirs" in said) == anew
+        assert ("texts have more than the encoder's 5 tokens, and are cut there" in said) == (anew and config.encoder.length == 5)
         return anew
 
     assert not made()
     config.condition.form = "answer"
+    assert made() and not made()
+    config.encoder.length, config.condition.form = 5, "prompt"
     assert made() and not made()
     path = place / "store" / "tasks" / pairs.open_store(place / "store").tasks[0].name / "condition.npy"
     path.write_bytes(path.read_bytes()[:-1])

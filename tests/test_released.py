@@ -39,6 +39,8 @@ def test_a_released_decoder_generates_and_goes_back(smoke, tmp_path, monkeypatch
     assert "checkpoint 0" in done.stdout
     _, spec = adapters.read(tmp_path / "adapter")
     assert spec.leaves == store.spec.leaves and tokens.plan(spec) == store.layout
+    as_collected = ("base_model_name_or_path", "task_type", "r", "lora_alpha", "peft_type")
+    assert [spec.config[key] for key in as_collected] == [store.spec.config[key] for key in as_collected]
 
     run_module("dnd_jax.released", f"--workdir={tmp_path}/workdir", f"--checkpoint={tmp_path}/back.pth", cwd=smoke)
     back = torch.load(tmp_path / "back.pth", weights_only=True)

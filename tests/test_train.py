@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_store, read_log, tiny_config, train_command, without_times
 
-from dnd_jax import checkpoints, inputs, optimizers, pairs, settings, sharding, train, validation, workdirs
+from dnd_jax import checkpoints, guards, inputs, optimizers, pairs, settings, sharding, train, validation, workdirs
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError
@@ -246,6 +246,20 @@ def test_sigterm_saves_and_a_second_run_is_kept_out(tmp_path, store):
     step, _ = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
     assert step == read_log(tmp_path / "run")[-1]["step"] >= 20 and f"step {step} is saved" in stdout
     assert "validation_loss" not in read_log(tmp_path / "run")[-1]  # there may not be the time for it
+
+
+def test_an_interrupt_saves_and_a_second_one_ends_at_once(tmp_path, store):
+    settings = {"steps": 100_000, "validate_every": 100_000}
+    process = start_and_wait(store, tmp_path / "run", 20, **settings)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    step, _ = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
+    assert process.returncode == -signal.SIGINT and f"terminated: step {step} is saved" in stdout  # so a shell goes no further
+    with pytest.raises(KeyboardInterrupt), guards.until_terminated() as terminated:
+        signal.raise_signal(signal.SIGINT)
+        assert terminated(1)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("goes on")
 
 
 def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):

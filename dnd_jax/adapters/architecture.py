@@ -60,7 +60,7 @@ def spec_of_model(model: Mapping[str, Any], rank: int, targets: Sequence[str] = 
             if name.rpartition(".")[2] in targets:
                 path = f"{stack}/{layer}/{name.replace('.', '/')}"
                 leaves |= {f"{path}/lora_A": Leaf((rank, width), dtype), f"{path}/lora_B": Leaf((out, rank), dtype)}
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(targets)}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(targets)}
     if vision:
         config["exclude_modules"] = VISION_TOWER
     return Spec(config, leaves)
