@@ -118,48 +118,71 @@ def test_a_process_that_cannot_write_is_heard_at_once_and_ends_the_run(tmp_path,
 
 
 COMMAND = "python -m dnd_jax.train --config="
-# In place of the cluster's commands: the training process waits for SIGTERM and exits 0; the second time it ends by itself.
+# In place of the cluster's commands: the first training process waits for SIGTERM and exits 0, a later one ends by itself.
 STUBS = {
-    "srun": '[ "$1" = --kill-on-bad-exit=1 ] && exec "${@:2}"',
+    "srun": '[ "$1" = --kill-on-bad-exit=1 ] && exec env --default-signal=TERM "${@:2}"',  # SLURM starts them, not srun
     "python": """echo "$@" > arguments
 [ -e started ] && exit "${STATUS:-0}"
-trap "sleep 0.3; touch saved; exit 0" TERM
-touch started
+trap 'sleep 0.3; echo "terminated: step 3 is saved, the same command goes on from there"; exit 0' TERM
+echo $$ > pid && mv pid started
 while :; do sleep 0.05; done""",
-    "scontrol": '[ -e saved ] && echo "$@" >> scontrol.arguments',
+    "squeue": 'echo "$@" > squeue.arguments; echo "$STATE"',
+    "scontrol": 'echo "$@" >> scontrol.arguments',
 }
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    """Return what starts an element of a sweep by the script, with the stubs of a cluster."""
+    """Return what starts a job by the script, with the stubs of a cluster."""
     for name, text in STUBS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "sweep").write_text("--workdir=a\n--workdir=b --config.train.learning_rate=1e-4")  # no line break at its end
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SWEEP": "sweep"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "STATE": "RUNNING"}
     return lambda **more: subprocess.Popen(["bash", CLUSTER / "train.sbatch", "x.py:v", "--config.seed=1"], cwd=tmp_path,
-                                           env=env | more)
+                                           env=env | more, stdout=subprocess.PIPE, text=True)
 
 
-def test_sbatch_runs_the_command_and_requeues_what_was_terminated_but_not_what_ended(tmp_path, cluster):
-    text = (CLUSTER / "train.sbatch").read_text()
-    assert COMMAND in text and "#SBATCH --requeue" in text
-    process = cluster()
+ELEMENT = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SWEEP": "sweep"}
+
+
+@pytest.mark.parametrize("job,state,requeued", [  # an array's element may have the number that stands for the whole array
+    ({}, "RUNNING", "7"), (ELEMENT, "RUNNING", "7_1"), (ELEMENT, "COMPLETING", None)])
+def test_sbatch_requeues_what_was_terminated_but_not_what_was_cancelled(tmp_path, cluster, job, state, requeued):
+    process = cluster(**job, STATE=state)
     while not (tmp_path / "started").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    for _ in range(2):  # the second while the first is being answered
-        process.terminate()
-        time.sleep(0.1)
-    assert process.wait(20) == 0
+    for pid in (int((tmp_path / "started").read_text()), process.pid):  # SLURM's signals reach the script, too
+        os.kill(pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and "terminated: step 3" in said
+    of = (tmp_path / "squeue.arguments").read_text().split()
+    assert of == ["--noheader", f"--jobs={'7_1' if job else '7'}", "--format=%T"]
+    found = (tmp_path / "scontrol.arguments").read_text().split() if (tmp_path / "scontrol.arguments").exists() else None
+    assert found == (["requeue", requeued] if requeued else None)
+
+
+@pytest.mark.parametrize("status,requeued", [("0", False), ("3", False), ("143", True)])  # SIGTERM before it is heard
+def test_sbatch_requeues_nothing_that_ended_by_itself(tmp_path, cluster, status, requeued):
+    (tmp_path / "started").touch()
+    process = cluster(STATUS=status)
+    process.communicate(timeout=20)
+    assert process.returncode == int(status)
+    assert (tmp_path / "scontrol.arguments").exists() == requeued
+
+
+def test_sbatch_runs_the_command_with_the_flags_of_its_element(tmp_path, cluster):
+    text = (CLUSTER / "train.sbatch").read_text()
+    assert COMMAND in text and "#SBATCH --requeue" in text
+    (tmp_path / "started").touch()
+    cluster(**ELEMENT).communicate(timeout=20)
     assert (tmp_path / "arguments").read_text().split() == [
         "-m", "dnd_jax.train", "--config=x.py:v", "--config.seed=1", "--workdir=b", "--config.train.learning_rate=1e-4"]
-    assert (tmp_path / "scontrol.arguments").read_text().split() == ["requeue", "7"]
-    assert [cluster().wait(20), cluster(STATUS="3").wait(20)] == [0, 3]
-    assert (tmp_path / "scontrol.arguments").read_text().split() == ["requeue", "7"]
     (tmp_path / "arguments").unlink()
-    assert cluster(SLURM_ARRAY_TASK_ID="2").wait(20) == 1 and not (tmp_path / "arguments").exists()  # no such line
+    process = cluster(**ELEMENT | {"SLURM_ARRAY_TASK_ID": "2"})  # no such line
+    process.communicate(timeout=20)
+    assert process.returncode == 1 and not (tmp_path / "arguments").exists()
 
 
 def test_jobset_is_an_indexed_job_of_the_command_that_starts_again():
