@@ -133,14 +133,22 @@ while :; do sleep 0.05; done""",
 
 @pytest.fixture
 def cluster(tmp_path):
-    """Return what starts a job by the script, with the stubs of a cluster."""
+    """Return what starts a script, by default the SLURM job, with the stubs of a cluster."""
     for name, text in STUBS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "sweep").write_text("--workdir=a\n--workdir=b --config.train.learning_rate=1e-4")  # no line break at its end
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "STATE": "RUNNING"}
-    return lambda **more: subprocess.Popen(["bash", CLUSTER / "train.sbatch", "x.py:v", "--config.seed=1"], cwd=tmp_path,
-                                           env=env | more, stdout=subprocess.PIPE, text=True)
+    job = [CLUSTER / "train.sbatch", "x.py:v", "--config.seed=1"]
+    return lambda *words, **more: subprocess.Popen(["bash", *(words or job)], cwd=tmp_path, env=env | more,
+                                                   stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(process, path):
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    return path
 
 
 ELEMENT = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SWEEP": "sweep"}
@@ -150,10 +158,8 @@ ELEMENT = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SWEEP": "swee
     ({}, "RUNNING", "7"), (ELEMENT, "RUNNING", "7_1"), (ELEMENT, "COMPLETING", None)])
 def test_sbatch_requeues_what_was_terminated_but_not_what_was_cancelled(tmp_path, cluster, job, state, requeued):
     process = cluster(**job, STATE=state)
-    while not (tmp_path / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    for pid in (int((tmp_path / "started").read_text()), process.pid):  # SLURM's signals reach the script, too
+    started = wait_for(process, tmp_path / "started")
+    for pid in (int(started.read_text()), process.pid):  # SLURM's signals reach the script, too
         os.kill(pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 0 and "terminated: step 3" in said
@@ -185,7 +191,7 @@ def test_sbatch_runs_the_command_with_the_flags_of_its_element(tmp_path, cluster
     assert process.returncode == 1 and not (tmp_path / "arguments").exists()
 
 
-def test_jobset_is_an_indexed_job_of_the_command_that_starts_again():
+def test_jobset_is_an_indexed_job_of_the_command_that_starts_again(tmp_path, cluster):
     jobset = yaml.safe_load((CLUSTER / "jobset.yaml").read_text())
     assert (jobset["kind"], jobset["apiVersion"]) == ("JobSet", "jobset.x-k8s.io/v1alpha2")
     (job,) = jobset["spec"]["replicatedJobs"]
@@ -194,7 +200,15 @@ def test_jobset_is_an_indexed_job_of_the_command_that_starts_again():
     (container,) = job["template"]["spec"]["containers"]
     script = container["command"][-1]
     assert script.startswith(COMMAND) and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
-    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    process = cluster("-c", script)
+    wait_for(process, tmp_path / "started")
+    process.terminate()
+    said, _ = process.communicate(timeout=20)
+    assert "terminated: step 3" in said and process.returncode == 143  # a failure, so that the JobSet starts all again
+    for status in (0, 3):
+        process = cluster("-c", script, STATUS=str(status))
+        process.communicate(timeout=20)
+        assert process.returncode == status
     config = script.split("--config=/app/")[1].split(":")[0]
     assert pathlib.Path(ROOT / config).exists()
 
