@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dnd_jax.scoring.choice import FEW_LABELS, list_of
+from dnd_jax.scoring.choice import FEW_LABELS, list_of, listed
 from dnd_jax.sources import Row, image_text
 
 
@@ -39,12 +39,14 @@ def audit(test: Mapping[str, Sequence[Row]], trained: Mapping[str, Sequence[Row]
 def _facts(rows: Sequence[Row]) -> dict[str, Any]:
     """Return rows, distinct responses, and of sets of choice the majority's share and chance.
 
-    A response that is the text of one of the prompt's options counts as the label before it.
+    A response that is the text of one of the prompt's options counts as the label before it. Chance is among the options that a
+    prompt lists, or else among the labels.
     """
     labels = Counter(label for row in rows if (label := _label(row)))
     facts: dict[str, Any] = {"rows": len(rows), "labels": len(labels)}
     if 0 < len(labels) <= FEW_LABELS:
-        facts |= {"majority": max(labels.values()) / labels.total(), "chance": 1 / len(labels),
+        chance = sum(1 / (len(listed(row)) or len(labels)) for row in rows) / len(rows)
+        facts |= {"majority": max(labels.values()) / labels.total(), "chance": chance,
                   "distribution": {label: count / labels.total() for label, count in labels.most_common()}}
     return facts
 

@@ -61,20 +61,24 @@ def top_k_weights(similarity: Float[np.ndarray, " K"], k: int, temperature: floa
 
 
 class Ridge:
-    """Ridge regression from a pooled, standardised embedding to all weights: the linear rival of the decoder.
+    """Ridge regression from standardised features of conditions to all weights: the linear rival of the decoder.
 
-    In its dual form, where a prediction is a weighted sum of adapters: nothing is of the size of embedding times weights.
+    In its dual form, where a prediction is a weighted sum of adapters: nothing is of the size of features times weights.
     """
 
-    def __init__(self, embeddings: Float[np.ndarray, "S C"], adapters: Sequence[Flat], penalty: float):
-        """Fit S samples, equally many of each adapter and in the adapters' order; the penalty is multiplied by S."""
-        self._adapters, self._mean, self._scale = adapters, embeddings.mean(0), embeddings.std(0) + 1e-6
-        x = ((embeddings - self._mean) / self._scale).astype(np.float64)
+    def __init__(self, features: Float[np.ndarray, "S D"], adapters: Sequence[Flat], penalty: float):
+        """Fit S samples, equally many of each adapter and in the adapters' order; the penalty is multiplied by S.
+
+        Features that are the same in all samples, as of positions that no training prompt reaches, count for nothing.
+        """
+        self._adapters, self._mean, deviation = adapters, features.mean(0), features.std(0)
+        self._scale = np.where(deviation > 1e-4 * deviation.max(), deviation + 1e-6, np.inf)
+        x = ((features - self._mean) / self._scale).astype(np.float64)
         self._dual = np.linalg.solve(x @ x.T + penalty * len(x) * np.eye(len(x)), x)
 
-    def __call__(self, embedding: Float[np.ndarray, " C"]) -> Flat:
+    def __call__(self, features: Float[np.ndarray, " D"]) -> Flat:
         """Predict an adapter, float32."""
-        weights = self._dual @ ((embedding - self._mean) / self._scale)
+        weights = self._dual @ ((features - self._mean) / self._scale)
         weights += (1 - weights.sum()) / len(weights)  # what isn't explained is the mean
         weights = weights.reshape(len(self._adapters), -1).sum(1)
         return {path: sum(w * a[path].astype(np.float64) for w, a in zip(weights, self._adapters, strict=True)).astype(np.float32)

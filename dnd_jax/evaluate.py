@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from dnd_jax import baselines, cli, files, harm, logs, pairs, report, score
+from dnd_jax import baselines, cli, encoders, files, harm, logs, pairs, report, score
 from dnd_jax.adapters.profiles import beyond_lora
 from dnd_jax.audit import audit
 from dnd_jax.rungs import DRAWN, Adapter, Evaluation, adapter_rungs, generated
@@ -84,6 +84,8 @@ def harms(ev: Evaluation) -> dict[str, Any]:
 def cost(ev: Evaluation, workdir: pathlib.Path) -> dict[str, float | None]:
     """Return seconds of collecting, training, generating, and how many adapters pay them back against in-task training.
 
+    Generating is from prompts to weights, the encoder's part included.
+
     A figure is None where it isn't known, as for runs and decoders from elsewhere; `adapters_to_break_even` also where in-task
     training takes no longer than generating.
     """
@@ -91,17 +93,23 @@ def cost(ev: Evaluation, workdir: pathlib.Path) -> dict[str, float | None]:
     in_task_s = _sum([_collect_s(ev, task) for task in ev.test], of=len(ev.test))
     log = logs.read_metrics(workdir) if (workdir / logs.NAME).exists() else []
     train_s = log[-1].get("seconds") if log else None
-    seconds = []
-    for draw in range(10):
-        began = time.perf_counter()
-        ev.generator(ev.draw(ev.test[0], draw))
-        seconds.append(time.perf_counter() - began)
-    generate_s = float(np.median(seconds))
+    generate_s = _generate_s(ev, ev.test[0])
     pays = None
     if collect_s is not None and train_s is not None and in_task_s is not None and in_task_s > generate_s:
         pays = (collect_s + train_s) / (in_task_s - generate_s)
     return {"collect_s": collect_s, "train_s": train_s, "generate_s": generate_s, "in_task_s": in_task_s,
             "adapters_to_break_even": pays}
+
+
+def _generate_s(ev: Evaluation, task: pairs.Task) -> float:
+    """Return the median time from a draw of a task's prompts to weights, after a first one that compiles and warms up."""
+    encoder, seconds = encoders.make(ev.generator.about["encoder"]), []
+    for draw in range(11):
+        texts = [task.prompts[i] for i in pairs.drawn(task, ev.config.seed, draw, ev.generator.prompts)]
+        began = time.perf_counter()
+        ev.generator(encoder(texts))
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[1:]))
 
 
 def _collect_s(ev: Evaluation, task: pairs.Task) -> float | None:
@@ -142,8 +150,8 @@ def climb(config: ml_collections.ConfigDict, workdir: pathlib.Path, despite_find
     result = report.summarise(*ask_all(ev), [task.name for task in ev.test])
     result |= {"form": ev.store.manifest["form"], "harm": harms(ev), "cost": cost(ev, workdir), "audit": found,
                "checkpoint": ev.generator.step}
+    cli.say(report.table(result))  # first, so that it is not lost where the report can't be written
     report.write(result, workdir)
-    cli.say(report.table(result))
 
 
 if __name__ == "__main__":

@@ -113,8 +113,13 @@ def draw(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int) 
 
 def condition_of(task: Task, seed: int, draw: int, prompts: int) -> Float[np.ndarray, "N L C"]:
     """Return a task's condition for one draw of its prompts: the same for every rung, and of no training sample."""
+    return task.condition[drawn(task, seed, draw, prompts)]
+
+
+def drawn(task: Task, seed: int, draw: int, prompts: int) -> np.ndarray:
+    """Return the indices of the prompts that `condition_of` draws."""
     rng = np.random.default_rng((seed, CONDITION, draw, *task.name.encode()))
-    return task.condition[draw_prompts(rng, len(task.condition), prompts)]
+    return draw_prompts(rng, len(task.condition), prompts)
 
 
 def sample(tasks: Sequence[Task], seed: int, step: int, index: int, prompts: int

@@ -4,7 +4,7 @@ What a rung chooses, it chooses on validation tasks; without these, the rungs th
 """
 
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -23,6 +23,7 @@ from dnd_jax.sources import Row
 from dnd_jax.tasks import SPLITS, digest, multi_task, read_tasks, step_folders
 from dnd_jax.types import InputError
 
+RIDGE_NUMBERS = 2**27  # of features of all samples, 1 GB as float64; kinds that have more are left out, but for the pooled one
 DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")  # what depends on the prompts drawn
 Adapter = tuple[Flat, Spec]
 MakeAdapter = Callable[[pairs.Task, int], Adapter]
@@ -129,8 +130,9 @@ def check_belonging(config: ml_collections.ConfigDict, store: pairs.Store, about
     for name, known in about["runs_sha256"].items():
         if None not in (known, store.run_of(name)):  # not of runs without hashes
             compare(f"it was trained on adapters of {name} with sha256", known, store.run_of(name))
-    for name, entry in store.manifest["tasks"].items():
-        compare(f"the split of {name} is", listed.get(name), entry["split"], "config.tasks")
+    splits = {name: entry["split"] for name, entry in store.manifest["tasks"].items()}
+    for name in sorted(splits.keys() | listed.keys()):
+        compare(f"the split of {name} is", listed.get(name), splits.get(name), "config.tasks")
     compare("its form is", about["form"], store.manifest["form"])
     if None not in (about["encoder_sha256"], store.manifest["encoder_sha256"]):  # not of every hub's encoder
         compare("its encoder_sha256 is", about["encoder_sha256"], store.manifest["encoder_sha256"])
@@ -183,12 +185,20 @@ def top_k(ev: Evaluation, k: int, temperature: float) -> MakeAdapter:
     return make
 
 
-def ridge(ev: Evaluation, penalty: float) -> MakeAdapter:
-    """Regress training adapters on embeddings of many prompt draws of the decoder's size."""
-    draws = range(100, 100 + ev.e.ridge_draws)
-    x = np.stack([embeddings.pool(ev.draw(task, d)) for task in ev.train for d in draws])
-    model = baselines.Ridge(x, ev.train_adapters, penalty)
-    return lambda task, draw: ev.with_carried(model(embeddings.pool(ev.draw(task, draw))))
+def ridges(ev: Evaluation) -> Iterator[tuple[str, MakeAdapter]]:
+    """Regress training adapters on features of many prompt draws of the decoder's size, one kind and penalty after the other."""
+    draws = [(task, draw) for task in ev.train for draw in range(100, 100 + ev.e.ridge_draws)]
+    for kind, features in embeddings.FEATURES.items():
+        if kind != "pooled" and len(draws) * features(ev.draw(*draws[0])).size > RIDGE_NUMBERS:
+            continue
+        x = np.stack([features(ev.draw(task, draw)) for task, draw in draws])
+        for penalty in ev.e.penalties:
+            yield f"{kind}, penalty {penalty}", ridge(ev, features, baselines.Ridge(x, ev.train_adapters, penalty))
+
+
+def ridge(ev: Evaluation, features: Callable[[np.ndarray], np.ndarray], model: baselines.Ridge) -> MakeAdapter:
+    """Predict by a ridge regression on features."""
+    return lambda task, draw: ev.with_carried(model(features(ev.draw(task, draw))))
 
 
 def generated(ev: Evaluation, shuffled: bool = False) -> MakeAdapter:
@@ -217,9 +227,9 @@ def choosing_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
     """Return the rungs that leave something open, and what is best on the validation tasks."""
     single, use_single = best_single(ev)
     (k, temperature), use_top_k = ev.best([((k, t), top_k(ev, k, t)) for k in ev.e.top_k for t in ev.e.temperatures])
-    penalty, use_ridge = ev.best((p, ridge(ev, p)) for p in ev.e.penalties)
+    regression, use_ridge = ev.best(ridges(ev))
     return {"best_single": (use_single, single), "weighted_topk": (use_top_k, f"k = {k}, temperature {temperature}"),
-            "ridge": (use_ridge, f"penalty {penalty}")}
+            "ridge": (use_ridge, regression)}
 
 
 def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:

@@ -60,6 +60,8 @@ VERDICTS = [  # interval of DnD minus shuffled, of DnD minus ridge, tasks; what 
     ([-0.01, 0.02], [0.1, 0.3], 12, "The condition does not matter, the generator is an averager"),
     ([-0.1, 0.8], [0.1, 0.3], 12, "Not shown that the condition matters"),
     ([-0.4, -0.2], [0.1, 0.3], 12, "The condition does harm"),
+    ([0.3, 0.5], [0.1, 0.3], 6, "Generalises to held-out tasks: the best label-free rung is ridge"),
+    ([0.3, 0.5], [0.1, 0.3], 5, "Better than its rivals on 5 held-out tasks, too few to say that it generalises"),
     ([0.3, 0.5], [0.1, 0.3], 1, "One held-out task says nothing about others"),
 ]
 

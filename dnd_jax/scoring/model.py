@@ -34,7 +34,9 @@ class Model:
         model = base_models.load_base(base)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         # A base's other settings, as the penalty on repetitions that Qwen's have, would make greedy answers others than greedy.
-        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+        known = model.generation_config.eos_token_id
+        ends = {*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id} - {None}  # which adapters train on
+        model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
         self._config = _lora_config(spec) if spec else None
         if spec:
             from peft import get_peft_model
