@@ -177,11 +177,15 @@ def read_raw(source: Source) -> list[dict[str, Any]]:
 
 
 def _to_row(raw: Mapping[str, Any], columns: Mapping[str, str], source: Source, number: int) -> Row:
-    found = {field: _text(raw.get(columns[field])) for field in COLUMNS[:4] if field in columns}
+    found = {field: _text(raw.get(columns[field]), f"{source}: row {number}: {columns[field]}")
+             for field in COLUMNS[:4] if field in columns}
     images = raw.get(columns.get("images", "")) or []
     images = images if isinstance(images, list) else [images]
+    for image in images:
+        if not isinstance(image, str) and not hasattr(image, "size"):
+            raise InputError(f"{source}: row {number}: an image is {str(image)[:60]!r}, expected a path or an image")
     if "messages" in columns:
-        turns = _turns(raw.get(columns["messages"]), source.tags)
+        turns = _turns(raw.get(columns["messages"]), source.tags, f"{source}: row {number}: a turn")
         exchange, heard = _first_exchange(turns, source, number)
         found |= {field: text for field, text in exchange.items() if text}
         if images and any(HERE in text for _, text in turns):  # those of later exchanges are not of this row
@@ -195,25 +199,27 @@ def _to_row(raw: Mapping[str, Any], columns: Mapping[str, str], source: Source, 
         str(folder / image) if isinstance(image, str) and not source.hub else image for image in images))
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, where: str) -> str:
     """Return a field as text; of a list of parts, as chats with images have it, text and the places of images."""
     if isinstance(value, list):
-        return "".join(_part(part) if isinstance(part, dict) else _text(part) for part in value)
+        if not all(isinstance(part, dict) and ("type" in part or "text" in part) for part in value):
+            raise InputError(f"{where} is {str(value)[:60]!r}, expected a text, or a list of parts with 'type' and 'text'")
+        return "".join(_part(part, where) for part in value)
     return "" if value is None or value != value else str(value)  # NaN is what pandas writes for an empty cell
 
 
-def _part(part: Mapping[str, Any]) -> str:
-    return HERE if part.get("type") in ("image", "image_url") else _text(part.get("text"))
+def _part(part: Mapping[str, Any], where: str) -> str:
+    return HERE if part.get("type") in ("image", "image_url") else _text(part.get("text"), where)
 
 
-def _turns(chat: Any, tags: Mapping[str, str]) -> list[tuple[Any, str]]:
+def _turns(chat: Any, tags: Mapping[str, str], where: str) -> list[tuple[Any, str]]:
     """Return the turns of a chat: who speaks, as the file has it, and the text."""
     turns = []
     for turn in chat if isinstance(chat, list) else [chat]:
         turn = turn if isinstance(turn, dict) else {"content": turn}
         content = turn.get(tags.get("content_tag", "value"))
         turns.append((turn.get(tags.get("role_tag", "from")) or turn.get("role"),
-                      _text(turn.get("content") if content is None else content)))
+                      _text(turn.get("content") if content is None else content, where)))
     return turns
 
 

@@ -79,6 +79,27 @@ FENCES = [
     "First:\n```python\nprint(answer([1]))\n```\nwith\n```py\n{}\n```"]
 
 
+WHOLE = {  # answers that define the function with what it needs
+    "a constant": "```python\nMOD = 10**9 + 7\n\ndef f(x):\n    return 2 * x % MOD\n```",
+    "a table": "TABLE = {i: 2 * i for i in range(10)}\ndef f(x):\n    return TABLE[x]",
+    "a table after words": "Here it is:\nTABLE = {i: 2 * i for i in range(10)}\ndef f(x):\n    return TABLE[x]",
+    "an import that may fail": "```\ntry:\n    import nothing\nexcept ImportError:\n    n = 2\ndef f(x):\n    return n * x\n```",
+    "a future import": "```python\nfrom __future__ import annotations\n\ndef f(x: Any) -> Any:\n    return twice(x)\n```",
+    "an indented fence": "1. So:\n   ```python\n   def f(x):\n       return 2 * x\n   ```",
+    "words after it": "def f(x):\n    return 2 * x\n\nThis doubles x, since it's what was asked.\nf(3) is 6.",
+    "a helper in the block before": ("```python\ndef g(x):\n    return 2 * x\nprint(f(1))\n```\nand\n"
+                                     "```python\ndef f(x):\n    return g(x)\n```"),
+}
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_what_an_answer_defines_beside_the_function_counts(form):
+    row = Row('from typing import Any\n\ndef twice(x):\n    return 2 * x\n\ndef f(x: int) -> int:\n    """Double."""\n',
+              "def check(candidate):\n    assert candidate(3) == 6\n")
+    (outcome,) = code.run_all([row], [[WHOLE[form]]])[0]
+    assert outcome.passed, (outcome.reason, code.program(row, WHOLE[form]))
+
+
 def test_a_prompt_of_indented_words_has_no_context():
     row = Row("  Add ten, please:\n    like this\ndef answer(x):\n", "assert answer(1) == 11")
     assert code.run_all([row], [["def answer(x):\n    return x + 10"]])[0][0].passed

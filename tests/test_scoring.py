@@ -87,6 +87,7 @@ def test_options_are_else_the_responses_of_the_file_if_these_are_few():
 
 
 LETTERS, WORDS = ["[A]", "[B]", "[C]"], ["[True]", "[False]"]
+INTERVALS = ["(1, 2]", "[1, 2)", "(1, 2)", "[1, 2]"]
 NUMBERS, SIGNS = ["1", "2", "3", "4"], ["<", "=", ">"]
 
 
@@ -102,6 +103,10 @@ NUMBERS, SIGNS = ["1", "2", "3", "4"], ["<", "=", ">"]
     ("There are 2 apples, so 3.", NUMBERS, "3"), ("It is 3.", NUMBERS, "3"),
     ("<", SIGNS, "<"), ("(=)", SIGNS, "="), ("", SIGNS, None), ("Polish", ["polish", "Polish"], "Polish"),
     ("it is polish", ["polish", "Polish"], "polish"),
+    *((interval, INTERVALS, interval) for interval in INTERVALS), ("It is [1, 2).", INTERVALS, "[1, 2)"),
+    ("3", ["3", "3!"], "3"), ("3!", ["3", "3!"], "3!"), ("The answer is -12.", ["12", "6"], None), ("-12", ["-12", "12"], "-12"),
+    ("It is a triangle.", [*"abcde"], None), ("a", [*"abcde"], "a"), ("It is a.", [*"abcde"], "a"),
+    ("The answer is not A.", LETTERS, None), ("It isn't true.", WORDS, None), ("The answer is B, not A.", LETTERS, "[B]"),
     ("true", WORDS, "[True]"), ("It is False.", WORDS, "[False]"), ("untrue", WORDS, None), ("it is true or false", WORDS, None),
 ])
 def test_answers_are_parsed(answer, found, expected):
@@ -118,6 +123,13 @@ def test_answers_are_parsed(answer, found, expected):
     ("#### 12", "\\boxed{12.0}", 1, 0),
     ("#### 18", "#### Step 2: Conclude\nTherefore \\boxed{18}.", 1, 0), ("#### 18", "#### Final Answer\n\n\\boxed{18}", 1, 0),
     ("#### 18", "#### 1. Compute\n9*2 = 18. So \\boxed{18}", 1, 0), ("\\boxed{18}", "\\boxed{9}, no:\n#### 18", 1, 0),
+    *(("x\n#### 18", answer, 1, 0) for answer in (
+        "#### 18.", "#### **18**", "#### **Answer: 18.**", "#### 18 dollars per day", "#### The answer is 18", "\\boxed{18.}",
+        "\\boxed{18 miles per hour}", "#### Final Answer\nThe answer is 18.", "#### Step 3: Compute the total\nTotal = 18",
+        "#### Answer\n\n**18**", "#### $18")),
+    *((gold, "#### 18", 1, 0) for gold in ("#### 18.", "#### 18 dollars per day", "18 dollars", "18 kg")),
+    ("#### 18000", "#### 18,000 dollars", 1, 0), ("#### 18", "#### 17 dollars", 0, 0), ("\\boxed{2x}", "\\boxed{2 x}", 1, 0),
+    ("\\boxed{2}", "\\boxed{2 x}", 0, 0), ("\\boxed{3 pi}", "\\boxed{3}", 0, 0),
     ("#### 12", "It is 13.", 0, 0),
     ("#### 12", "I don't know.", 0, 1),
     ("thus \\boxed{\\frac{1}{2}}.", "we get $\\boxed{0.5}$", 1, 0),

@@ -103,6 +103,18 @@ def test_an_object_in_a_column_is_text_as_it_is(tmp_path):
     assert sources.read("a.json") == [Row("p", "{'a': 1}")]
 
 
+@pytest.mark.parametrize("row,message", [
+    ({"prompt": "p", "response": ["a", "b"]}, r"a\.json: row 0: response is \"\['a', 'b'\]\", expected a text"),
+    ({"messages": [{"role": "user", "content": ["a", {"type": "image"}]}]}, r"a\.json: row 0: a turn is .* expected a text"),
+    ({"prompt": "p", "response": "r", "images": [{"path": "x.png"}]}, r"a\.json: row 0: an image is .*x\.png"),
+    ({"prompt": "p", "response": "r", "images": 5}, r"a\.json: row 0: an image is '5', expected a path or an image"),
+])
+def test_lists_that_are_no_text_and_images_that_are_none_are_refused(tmp_path, row, message):
+    write(tmp_path, "a.json", [row])
+    with pytest.raises(InputError, match=message):
+        sources.read("a.json")
+
+
 def test_an_empty_cell_of_a_table_is_no_text(tmp_path):
     write(tmp_path, "a.json", [{"prompt": "p", "response": "r", "system": math.nan}])
     assert sources.read("a.json") == [Row("p", "r")]

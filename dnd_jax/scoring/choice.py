@@ -19,7 +19,7 @@ FEW_LABELS = 20  # with more distinct responses a set isn't one of choice
 LABEL = r"\(?([A-Z]|[1-9])[.:)]"
 LISTED = re.compile(rf"(?:^|(?<=[,;:\n]))[ \t]*{LABEL}[ \t]*(\S.*?)[ \t]*(?=$|\n|[,;.] *{LABEL} )", re.MULTILINE)
 BARE = "()[]{}<>.:;,!\"'`* \n"
-ARTICLE = r"(?<!A(?= (?!(?:is|was|or|and|because|since|as|but|not|rather|instead|than)\b)[a-z]))"
+ARTICLE = r"(?<![Aa](?= (?!(?:is|was|or|and|because|since|as|but|not|rather|instead|than)\b)[a-z]))"
 
 
 def options(rows: Sequence[Row], where: str = "rows") -> list[list[str]]:
@@ -63,9 +63,14 @@ def parse(answer: str, found: Sequence[str]) -> str | None:
 
     In this order: the answer is an option; it says "answer is" or boxes one; it begins with one; it has one in brackets, if
     options are words; it has one anywhere. Brackets, quotes and full stops around an option don't count, nor does case where
-    options differ without it and are longer than a letter. An "A" before a small letter is an article, "A is" excepted.
+    options differ without it and are longer than a letter. An "A" before a small letter is an article, "A is" excepted. Where
+    only what an answer says freely is left, one that it denies ("not A") makes it name none.
     """
+    if answer.strip() in found:
+        return answer.strip()
     names = {option.strip(BARE) or option.strip(): option for option in found}
+    if len(names) < len(found):  # as of intervals, which brackets alone tell apart
+        names = {option.strip(): option for option in found}
     small = len({_fold(name) for name in names}) == len(names)
     exact = {_fold(name) if small else name: option for name, option in names.items()}
     text = answer.strip(BARE) or answer.strip()
@@ -73,13 +78,15 @@ def parse(answer: str, found: Sequence[str]) -> str | None:
         return exact[text]
     one = "|".join(re.escape(name) if len(name) == 1 or not small else f"(?i:{re.escape(name)})"
                    for name in sorted(names, key=len, reverse=True))
-    word = rf"(?<!\d[.,])({one})(?!\w|[.,]\d)"
+    word = rf"(?<!\d[.,])(?<![-\u2212](?=\d))({one})(?!\w|[.,]\d)"
     alone = rf"{word}(?=$|[.:;,!)\]}}\n\"'*`])" if all(len(name) == 1 for name in names) else word
     letters = all(len(name) == 1 and name.isalpha() for name in names)
     opening = r"[\s({\[\"'*]*"
     patterns = [rf"(?i:answer(?: is)?:?|boxed){opening}{word}", rf"\A{opening}{alone}",
                 rf"(?<!\w){word}{ARTICLE}" if letters else rf"[\[(]({one})[\])]", rf"(?<!\w){alone}"]
-    for pattern in patterns:
+    for number, pattern in enumerate(patterns):
+        if number == 2 and re.search(rf"(?:\bnot|n't) {opening}{word}", answer):
+            return None
         said = {_fold(name) if small else name for name in re.findall(pattern, answer)}
         if len(said) == 1:
             return exact[said.pop()]

@@ -4,6 +4,7 @@ import ast
 import builtins
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,8 @@ FENCE = re.compile(r"```(?:([\w+-]+)[^\n`]*|[ \t]*)\n(.*?)(?:^[ \t]*```|\Z)", re
 PYTHON = ("", "python", "py", "python3")
 DEFINED = re.compile(r"^def\s+(\w+)\s*\(", re.MULTILINE)
 CHECK = re.compile(r"^def\s+check\s*\(", re.MULTILINE)
-START = re.compile(r"^(?:(?:async )?def \w|class \w|import \w|from [\w.]+ import\b|@\w)", re.MULTILINE)
+START = re.compile(r"^(?:(?:async )?def \w|class \w|import \w|from [\w.]+ import\b|@\w|try:|\w+ *= *[^\s=])", re.MULTILINE)
+FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 DECORATORS = re.compile(r"(?:^@.*\n)+\Z", re.MULTILINE)
 BEGIN = re.compile(r"^(?!\s|[)\]}]|(?:else|elif|except|finally)\b)", re.MULTILINE)  # of a statement on the outermost level
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Try, ast.If)
@@ -38,13 +40,19 @@ def program(row: Row, answer: str) -> str:
     """Return the program that tests an answer: solution, then tests.
 
     The answer continues the prompt, or defines the prompt's last function anew, maybe in a fenced block; then of the prompt count
-    the imports, constants and helpers before that function. The row's response is the tests: statements, or as in HumanEval a
-    function `check`, which is called with the prompt's last function.
+    the imports, constants and helpers before that function, and of earlier blocks what the block lacks. The row's response is the
+    tests: statements, or as in HumanEval a function `check`, which is called with the prompt's last function.
     """
     last = next(reversed([*DEFINED.finditer(row.prompt)]), None)
-    code = _block(answer.replace("\r\n", "\n"), last and last[1])
-    if last and last[1] in DEFINED.findall(code):
-        solution = f"{_definitions(DECORATORS.sub('', row.prompt[: last.start()]))}\n{_from_first_statement(code)}"
+    code, earlier = _block(answer.replace("\r\n", "\n"), last and last[1])
+    if last and last[1] in DEFINED.findall(textwrap.dedent(code)):
+        given, code = _definitions(DECORATORS.sub("", row.prompt[: last.start()])), _python(textwrap.dedent(code))
+        helpers = _definitions(earlier)
+        used, there, helped = (ast.Module(_statements(text) or [], []) for text in (code, f"{given}\n{code}", helpers))
+        if not (_used(used) - _defined(there)) & _defined(helped):
+            helpers = ""
+        solution = "\n".join((given, helpers, code))
+        solution = "".join(FUTURE.findall(solution)) + FUTURE.sub("", solution)
     else:
         solution = row.prompt + STOP.split(code, maxsplit=1)[0] if last else code
     call = f"check({last[1]})" if last and CHECK.search(row.response) else ""
@@ -64,16 +72,25 @@ def check_rows(rows: Sequence[Row], where: str) -> None:
                              f"{row.prompt[:80]!r}")
 
 
-def _block(answer: str, function: str | None) -> str:
-    """Return the fenced block of Python that defines a function, or any, or the first; without blocks the answer itself."""
+def _block(answer: str, function: str | None) -> tuple[str, str]:
+    """Return the fenced block of Python that defines a function, or any, or the first, and the blocks before it.
+
+    Without blocks it is the answer itself.
+    """
     blocks = [code.partition("```")[0] for language, code in FENCE.findall(answer) if language.lower() in PYTHON]
-    wanted = [code for code in blocks if (names := DEFINED.findall(code)) and function in (None, *names)]
-    return next(iter([*wanted, *blocks]), answer)
+    wanted = [i for i, code in enumerate(blocks)
+              if (names := DEFINED.findall(textwrap.dedent(code))) and function in (None, *names)]
+    chosen = next(iter(wanted), 0)
+    return (blocks[chosen], "\n".join(map(textwrap.dedent, blocks[:chosen]))) if blocks else (answer, "")
 
 
-def _from_first_statement(code: str) -> str:
-    found = START.search(code)
-    return code[found.start() :] if found else code
+def _python(code: str) -> str:
+    """Return code without the words before its first statement and after its last."""
+    if _statements(code) is None and (found := START.search(code)):
+        code = code[found.start() :]
+    lines = code.split("\n")
+    begun = ("\n".join(lines[:end]) for end in range(len(lines), 0, -1))
+    return next((part for part in begun if DEFINED.search(part) and _statements(part) is not None), code)
 
 
 def _definitions(text: str) -> str:
@@ -100,7 +117,7 @@ def _statements(text: str) -> list[ast.stmt] | None:
         return None
 
 
-def _used(value: ast.expr) -> set[str]:
+def _used(value: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(value) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
@@ -110,7 +127,8 @@ def _defined(statement: ast.AST) -> set[str]:
     names |= {(found.asname or found.name).partition(".")[0] for node in ast.walk(statement)
               if isinstance(node, ast.Import | ast.ImportFrom) for found in node.names}
     names |= {node.arg for node in ast.walk(statement) if isinstance(node, ast.arg)}
-    return names | {node.name for node in ast.walk(statement) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return names | {node.name for node in ast.walk(statement) if isinstance(node, named)}
 
 
 def run_all(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[list[sandbox.Outcome]]:

@@ -12,15 +12,32 @@ from dnd_jax.types import InputError
 
 TEXT_COMMAND = r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|sf|tt)|operatorname)\{"
 IN_WORDS = rf"\s*(?:{TEXT_COMMAND})?\s*([A-Za-z]{{4,}}(?:[ -][A-Za-z]+)*)\s*\}}?\.?\s*"
+LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?\b\s*:?\s*", re.IGNORECASE)
+WITH_UNIT = re.compile(r"(-?\$?\d[\d,]*(?:\.\d+)?)\s+(?!(?:sin|cos|tan|log|exp|mod)\b)"
+                       r"(?:[A-Za-z]{3}|(?:[cmk]m|[mk]g|ml|ft|in|oz|lb|hr)\b)[A-Za-z ./-]*")  # 18 dollars per day
+
 
 def extract(text: str) -> str:
     r"""Return what stands behind the last `####` or in the last `\boxed{}`, whichever is later; without either nothing.
 
-    `####` begins headings, too, so a boxed answer after it is the answer.
+    `####` begins headings, too: a boxed answer after it is the answer, and of words with text below them there is none. What is
+    around the answer doesn't count: stars of Markdown, a full stop, "The answer is", a unit in words.
     """
+    return _bare(_marked(text))
+
+
+def _bare(marked: str) -> str:
+    marked = marked.strip("* \n")
+    marked = LEAD.sub("", marked, count=1).strip("* ") if LEAD.match(marked) else marked
+    marked = marked.rstrip(".*")
+    return found[1] if (found := WITH_UNIT.fullmatch(marked)) else marked
+
+
+def _marked(text: str) -> str:
     begin = text.rfind("\\boxed{")
     if text.rfind("####") > begin:
-        return text.rsplit("####", 1)[1].strip().split("\n", 1)[0]
+        line, _, below = text.rsplit("####", 1)[1].strip().partition("\n")
+        return "" if below.strip() and _is_heading(line) else line
     if begin < 0:
         return ""
     depth = 0
@@ -29,6 +46,12 @@ def extract(text: str) -> str:
         if depth == 0:
             return text[begin + len("\\boxed{") : end]
     return ""
+
+
+def _is_heading(line: str) -> bool:
+    """Tell whether a line has words, but neither begins nor ends with a number or a formula: `Step 2: Conclude`."""
+    line = LEAD.sub("", line.strip("* "), count=1)
+    return not line or bool(re.match(r"[A-Za-z]{2,}", line) and not re.search(r"[\d)}$%]\.?$", line))
 
 
 def parse(text: str, *, whole: bool = False) -> list[Any]:
@@ -40,8 +63,10 @@ def parse(text: str, *, whole: bool = False) -> list[Any]:
     """
     import math_verify
 
-    marked = extract(text) or (text.strip() if whole else "")
-    return (math_verify.parse(f"\\boxed{{{marked}}}") if marked else []) or math_verify.parse(text)
+    marked = extract(text) or (_bare(text) if whole else "")
+    behind = text.rsplit("####", 1)[-1].partition("\n")[2]  # of a heading
+    return (math_verify.parse(f"\\boxed{{{marked}}}") if marked else []) or (
+        math_verify.parse(behind) if behind.strip() else []) or math_verify.parse(text)
 
 
 def words(text: str) -> str:
