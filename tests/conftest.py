@@ -241,6 +241,10 @@ def small_base(architecture: str, **changes):
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, **experts, num_local_experts=3)),
         "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(
             **sizes, **experts, num_experts=3, moe_intermediate_size=12, head_dim=4)),
+        "kimi_linear": lambda: t.KimiLinearForCausalLM(t.KimiLinearConfig(
+            **sizes | {"num_key_value_heads": 4}, layer_types=["linear_attention", "full_attention"], first_k_dense_replace=2,
+            moe_intermediate_size=12, n_routed_experts=2, num_experts=2, num_experts_per_tok=2, kv_lora_rank=8, q_lora_rank=None,
+            qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, head_dim=4)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(
             vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=None, eos_token_id=None,
             initializer_range=0.1)),

@@ -78,13 +78,19 @@ def _blocks(config: Mapping[str, Any]) -> int:
 
 
 def _is_stack(module: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a module is adapted through `target_parameters`: experts, their ranks laid side by side."""
+    """Return whether a module is adapted through `target_parameters`: experts, their ranks laid side by side.
+
+    Of "all-linear" PEFT makes parameters' bare names, which are of any module that isn't a target itself.
+    """
     if not (parameters := config.get("target_parameters")):
         return False
     name = module
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")
-    return any(_ends_with(name, parameter.rpartition(".")[0]) for parameter in parameters)
+    owners, targets = {parameter.rpartition(".")[0] for parameter in parameters}, config.get("target_modules")
+    if "" in owners and not (isinstance(targets, list) and _is_named(name, frozenset(targets))):
+        return True
+    return any(_ends_with(name, owner) for owner in owners if owner)
 
 
 def check_targets(modules: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -144,8 +150,8 @@ def check_widths(modules: Iterable[str], shapes: Shapes) -> None:
 def check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:
     """Raise InputError where a block of one layer lacks a module that the same block has in another layer.
 
-    Only where the config names modules by their last names; layers whose blocks have no module in common are of two sorts, and
-    keys or values that several layers lack are so by their architecture.
+    Only where the config names modules by their last names; layers whose blocks each have a module that the other lacks are of two
+    sorts, and keys or values that several layers lack are so by their architecture.
     """
     targets = config.get("target_modules")
     listed = [*targets, *(config.get("exclude_modules") or ())] if isinstance(targets, list) else ["."]
@@ -160,7 +166,7 @@ def check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:
         union = {name for name, found in count.items() if name not in SHARED or found >= len(layers) - 1}
         for block, names in sorted(layers.items()):
             missing = sorted(union - names)
-            if missing and any(names & other and set(missing) & other for other in layers.values()):
+            if missing and any(names < other and set(missing) & other for other in layers.values()):
                 raise InputError(f"{key_of(f'{block}.{missing[0]}.lora_A')} is missing, other layers have it")
 
 
