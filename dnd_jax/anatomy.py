@@ -5,13 +5,14 @@ Products are never made: inner products and singular values follow from matrices
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
-from dnd_jax import files, pairs, tokens
+from dnd_jax import files, pairs, tokens, workdirs
 from dnd_jax.baselines import Flat
 from dnd_jax.generate import Generator
 from dnd_jax.types import InputError
@@ -83,10 +84,11 @@ def read(workdir: files.PathLike) -> Specimens:
     """Return the last checkpoints of the store that a workdir was trained on, and generate from one draw of prompts a test task.
 
     Raises:
-      InputError: no workdir, or a store without test tasks.
+      InputError: no workdir, another store by now, or one without test tasks.
     """
     config = files.read_json(f"{workdir}/config.json")
     store, generator = pairs.open_store(config["export"]["store"]), Generator(workdir)
+    workdirs.check_store(store, pathlib.Path(workdir))
     if not (test := store.split("test")):
         raise InputError(f"{store.folder}: has no test task, for which an adapter could be generated")
 

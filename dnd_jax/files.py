@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import socket
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -33,8 +33,8 @@ def named(path: PathLike) -> Iterator[None]:
 
 
 def temporary_name(final: pathlib.Path, kind: str = "tmp") -> pathlib.Path:
-    """Return a name that no other thread uses, of hosts with different names; a process' first thread has its number."""
-    return final.with_name(f".{final.name}.{kind}-{socket.gethostname()}-{threading.get_native_id()}")
+    """Return a name that no other writer uses: containers may share a host's name and processes' numbers, so it is drawn."""
+    return final.with_name(f".{final.name}.{kind}-{socket.gethostname()}-{secrets.randbelow(10**18)}")
 
 
 @contextlib.contextmanager

@@ -44,21 +44,23 @@ def _read_config(path: pathlib.Path, new: Any) -> Any:
     return old
 
 
-def keep_store(store: pairs.Store, workdir: pathlib.Path) -> None:
-    """Record in a new workdir which store it is trained on, with a copy of what adapters hold beside A and B.
-
-    Raises:
-      InputError: the run was begun on other files, so that it could not go on with the same batches.
-    """
+def check_store(store: pairs.Store, workdir: pathlib.Path) -> str:
+    """Return a store's hash; raise InputError if a run was begun on other files, so that it could not go on with them."""
     path, found = workdir / pairs.SEAL, files.sha256_file(store.folder / "manifest.json")
     known = path.read_text(errors="replace") if path.exists() else found
     if known != found:
         raise InputError(f"{store.folder / 'manifest.json'}: sha256 is {found[:12]}..., {path} says {known[:12]}...: the store "
                          "has changed since this run began; use another workdir")
+    return found
+
+
+def keep_store(store: pairs.Store, workdir: pathlib.Path) -> None:
+    """Record in a new workdir which store it is trained on, see `check_store`, and copy what adapters hold beside A and B."""
+    found = check_store(store, workdir)
     if store.spec.carried:
         files.copy(store.folder / pairs.CARRIED, workdir / pairs.CARRIED)
-    if not path.exists():
-        files.write_text(path, found)
+    if not (workdir / pairs.SEAL).exists():
+        files.write_text(workdir / pairs.SEAL, found)
 
 
 def check_trained(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

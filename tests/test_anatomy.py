@@ -1,9 +1,12 @@
 """Norms, distances and spectra of products, against products that are really made."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from dnd_jax import anatomy
+from dnd_jax.types import InputError
 
 MODULES = {"model/layers/0/self_attn/q_proj": (6, 8), "model/layers/0/mlp/up_proj": (10, 8)}
 
@@ -70,9 +73,13 @@ def test_neighbours_know_an_averager_a_copy_and_the_truth(rng):
     assert copy["cosine_nearest"] == pytest.approx(1)
 
 
-def test_specimens_of_a_run(smoke, monkeypatch):
+def test_specimens_of_a_run(smoke, monkeypatch, tmp_path):
     monkeypatch.chdir(smoke)
     found = anatomy.read("build/tenants-smoke/run")
     assert (len(found.train), len(found.held_out)) == (6, 2) and found.held_out.keys() == found.generated.keys()
     rows = anatomy.neighbours(found)
     assert len(rows) == 2 and all(np.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    shutil.copytree("build/tenants-smoke/run", tmp_path / "run")
+    (tmp_path / "run" / "manifest.sha256").write_text("0" * 64)
+    with pytest.raises(InputError, match=r"manifest\.json: sha256 is .*, .*run/manifest\.sha256 says 000000000000"):
+        anatomy.read(tmp_path / "run")

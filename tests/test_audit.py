@@ -15,6 +15,13 @@ def test_sound_data_has_no_findings():
                                    "distribution": {"2": 0.75, "1": 0.25}, "prompts_trained_on": 0}
 
 
+def test_chance_is_among_the_options_that_a_prompt_lists():
+    """A few rows of ARC have numbers for labels, and some sets have an option that is never right."""
+    letters = [Row(f"Which {i}?\nA. one\nB. two\nC. three\nD. four", "ABC"[i % 3]) for i in range(12)]
+    numbers = [Row(f"Which {i}?\n1. one\n2. two\n3. three\n4. four", "123"[i % 3]) for i in range(12, 15)]
+    assert audit({"a": letters + numbers}, {})["tasks"]["a"]["chance"] == 0.25
+
+
 def test_one_label_overlap_and_duplicate_are_named():
     rows = [Row("p", "A"), Row("q", "A\n")]
     findings = audit({"piqa": rows, "copy": list(rows)}, {"train": [Row("q", "B")]})["findings"]

@@ -43,6 +43,13 @@ def test_nearest_and_top_k_follow_similarity():
     assert weights[2] == 0 and weights[0] > weights[1] > 0 and np.isclose(weights.sum(), 1)
 
 
+def test_features_that_no_sample_varies_count_for_nothing():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(20, 3)), np.full((20, 2), 0.7)], 1)  # as of positions that no training prompt reaches
+    model, query = baselines.Ridge(x, make_adapters(20, rng), 1e-3), np.array([0.3, -1.0, 0.5, 0.7, 0.7])
+    np.testing.assert_array_equal(model(query)["m/lora_A"], model(query + np.array([0, 0, 0, 5, -5]))["m/lora_A"])
+
+
 def test_ridge_recovers_a_linear_map_and_shrinks_to_the_mean():
     rng = np.random.default_rng(0)
     x, map_a, map_b = rng.normal(size=(200, 3)), rng.normal(size=(3, 12)), rng.normal(size=(3, 10))

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import types
 
+import numpy as np
 import pytest
 from conftest import SMOKE, run_module
 
-from dnd_jax import adapters, checkpoints, checksums, evaluate, pairs, rungs
+from dnd_jax import adapters, checkpoints, checksums, embeddings, evaluate, pairs, rungs
 from dnd_jax.tasks import multi_task, read_tasks
 from experiments.configs import tenants
 
@@ -30,6 +32,7 @@ def test_settings_that_no_rung_can_be_asked_with_are_named(field, value, expecte
     ("decoder", r"run: it was trained on \['another', .*/store says \["),
     ("encoder", "run: its encoder is .*'length': 15.*store says"),
     ("layout", "run: its layout is"), ("split", "config.tasks: the split of .* is train, .*store says test"),
+    ("new task", "config.tasks: the split of late is test, .*store says None"),
     ("base", "config.base: .*/other has sha256 .*, .*store says")])
 def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, tmp_path, monkeypatch, change, message):
     """A decoder of another split has been trained on what is held out here; on another base all answers are noise."""
@@ -49,11 +52,51 @@ def test_a_ladder_of_parts_that_do_not_belong_together_is_refused(root, smoke, t
         about["layout"] = about["layout"] | {"chunk": 7}
     elif change == "split":
         listed[store.split("test")[0].name] = "train"
+    elif change == "new task":
+        listed["late"] = "test"  # or it would be missing from the report without a word
     else:
         config.base = str(shutil.copytree(root / "base", tmp_path / "other"))
         (tmp_path / "other" / "config.json").write_text("{}")
     with pytest.raises(adapters.InputError, match=message):
         rungs.check_belonging(config, store, about, "run", listed)
+
+
+def test_ridge_is_offered_what_the_decoder_sees_and_chooses_on_validation_tasks():
+    """Here two tasks' prompts have the same words at other positions, which a pooled embedding can't tell apart."""
+    words = np.eye(3, dtype=np.float16)
+    conditions = {"a": words[[0, 1, 2]], "b": words[[1, 0, 2]], "c": words[[0, 2, 1]]}
+    tasks = {name: types.SimpleNamespace(name=name, condition=np.stack([x] * 4)) for name, x in conditions.items()}
+    made = [{"m/lora_A": np.full((1, 1), float(i)), "m/lora_B": np.ones((1, 1))} for i in range(3)]
+
+    class Few(rungs.Evaluation):
+        def __init__(self):
+            self.e = types.SimpleNamespace(ridge_draws=2, penalties=(1e-6, 1.0))
+            self.train, self.train_adapters = [*tasks.values()], made
+
+        def draw(self, task, draw):
+            return task.condition
+
+        def with_carried(self, flat):
+            return flat
+
+    found = dict(rungs.ridges(Few()))
+    assert [*found] == [f"{kind}, penalty {p}" for kind in embeddings.FEATURES for p in (1e-6, 1.0)]
+    value = {name: [make(tasks[task], 0)["m/lora_A"][0, 0] for task in "abc"] for name, make in found.items()}
+    np.testing.assert_allclose(value["positions, penalty 1e-06"], [0, 1, 2], atol=1e-3)
+    np.testing.assert_allclose(value["pooled, penalty 1e-06"], 1, atol=1e-3)  # the mean
+
+
+def test_the_table_is_printed_where_the_report_can_not_be_written(tmp_path, monkeypatch, capsys):
+    ev = types.SimpleNamespace(test=[], validation=[], rows={"train": {}, "test": {}}, generator=types.SimpleNamespace(step=1),
+                               store=types.SimpleNamespace(manifest={"form": "prompt"}))
+    for name, made in {"Evaluation": ev, "ask_all": ({}, {}), "harms": {}, "cost": {}}.items():
+        monkeypatch.setattr(evaluate, name, lambda *args, made=made: made)
+    monkeypatch.setattr(evaluate.report, "summarise", lambda *args: {})
+    monkeypatch.setattr(evaluate.report, "table", lambda result: "hours of answers")
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(OSError, match=r"report\.json"):
+        evaluate.climb(tenants.get_config("smoke"), tmp_path)
+    assert "hours of answers" in capsys.readouterr().out
 
 
 def test_runs_that_the_store_was_not_made_of_are_not_evaluated(root, tmp_path):

@@ -259,6 +259,7 @@ def test_a_full_disk_names_the_file_that_is_not_written(tmp_path):
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_what_another_is_writing(tmp_path):
     host, old = socket.gethostname(), time.time() - 2 * folders.NEW_S
+    assert len({files.temporary_name(tmp_path / "store") for _ in range(99)}) == 99  # whatever two containers share
     left, used, new, elsewhere = (tmp_path / f".store.tmp-{name}" for name in (f"{host}-1", f"{host}-2", f"{host}-3", "host-1"))
     for path in (left, used, new, elsewhere):
         path.mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT, SMOKE, make_store, run_module, tiny_config
 
 from dnd_jax import train, workdirs
 from dnd_jax.types import InputError
-from experiments.ablations import conditions
+from experiments.ablations import conditions, pictures
 from experiments.configs import tenants
 
 FOLDER = ROOT / "experiments" / "ablations"
@@ -18,11 +19,12 @@ QUICK = ("draws=1", "top_k=(2,)", "temperatures=(1.0,)", "penalties=(1.0,)", "ri
 
 
 @pytest.fixture(scope="module")
-def executed(smoke, tmp_path_factory):
+def executed(smoke):
     """The executed notebooks by name, after a variant of the conditions was trained and evaluated."""
     run_module("experiments.ablations.conditions", SMOKE, "--variants=prompts-4", "--config.train.steps=2",
                *(f"--config.evaluate.{field}" for field in QUICK), cwd=smoke)
-    folder = tmp_path_factory.mktemp("notebooks")
+    folder = smoke / "experiments" / "ablations"
+    folder.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
         (folder / f"{name}.ipynb").write_text((FOLDER / f"{name}.ipynb").read_text())
     done = run_module("pytest", "--nbmake", "--overwrite", "-p", "no:cacheprovider", *(f"{name}.ipynb" for name in PICTURES),
@@ -52,11 +54,15 @@ def test_runs_without_validation_tasks_are_compared_too(tmp_path, rng):
     store = make_store(tmp_path / "store", rng, validation=0)
     for rate in (1e-3, 1e-2):
         train.run(tiny_config(store, learning_rate=rate), tmp_path / "world" / str(rate) / "run")
-    (tmp_path / "sweep.ipynb").write_text((FOLDER / "sweep.ipynb").read_text())
-    done = run_module("pytest", "--nbmake", "--overwrite", "-p", "no:cacheprovider", "sweep.ipynb", cwd=tmp_path,
-                      env={"DND_WORLD": str(tmp_path / "world")}, check=False)
+    repository = tmp_path / "repository"  # as a user has it, who has installed the requirements only
+    for name in ("dnd_jax", "data_pipeline"):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).symlink_to(ROOT / name)
+    folder = shutil.copytree(FOLDER, repository / "experiments" / "ablations", ignore=shutil.ignore_patterns("__pycache__"))
+    done = run_module("pytest", "--nbmake", "--overwrite", "-p", "no:cacheprovider", "sweep.ipynb", cwd=folder,
+                      env={"DND_WORLD": str(tmp_path / "world"), "PYTHONPATH": ""}, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    said = json.dumps(nbformat.read(tmp_path / "sweep.ipynb", 4).cells)
+    said = json.dumps(nbformat.read(folder / "sweep.ipynb", 4).cells)
     assert "0.001/run" in said and "0.01/run" in said and "with 1 Axes" in said
 
 
@@ -99,4 +105,22 @@ def test_variants_differ_in_what_they_say_and_leave_the_config_alone():
     assert config.to_json() == whole and len({c.export.store for c in changed}) == len(conditions.VARIANTS)
     assert [c.condition.form for c in changed[:4]] == ["prompt", "prompt+answer", "answer", "mix"]
     assert [c.condition.prompts for c in changed[4:]] == [4, 7, 28] and {c.train.steps for c in changed} == {config.train.steps}
-    assert conditions.prompt_count("form-prompt") == config.condition.prompts and not conditions.prompt_count("form-mix")
+    config = config.unlock()
+    config.tasks = {"a": {"split": "train"}}
+    with pytest.raises(InputError, match=r"config\.tasks is a table"):
+        conditions.vary(config, "form-mix")
+
+
+def test_pictures_of_conditions_have_the_rungs_that_all_reports_have(tmp_path):
+    rung = {"mean": 0.5, "ci95": [0.4, 0.6]}
+    for variant, prompts, form, rungs in (("form-prompt", 128, "prompt", ("dnd", "nearest")), ("form-mix", 128, "mix", ("dnd",)),
+                                          ("prompts-4", 4, "prompt", ("dnd", "nearest"))):
+        folder = tmp_path / variant / "run"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps({"form": form, "rungs": dict.fromkeys(rungs, rung)}))
+        (folder / "config.json").write_text(json.dumps({"condition": {"prompts": prompts}}))
+    reports = conditions.load(tmp_path)
+    (axes,) = pictures.ladders(reports).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dnd"]
+    (axes,) = pictures.by_count(reports).axes
+    assert list(axes.get_xticks()) == [4, 128] and [text.get_text() for text in axes.get_legend().get_texts()] == ["dnd"]

@@ -6,7 +6,7 @@ import types
 import pytest
 from conftest import SMOKE, run_module
 
-from dnd_jax import adapters, pairs, workdirs
+from dnd_jax import adapters, embeddings, pairs, workdirs
 from experiments import run
 from experiments.configs import common_sense, tenants
 
@@ -57,6 +57,7 @@ def test_report_has_every_rung_and_stands_alone(ran, root):
         rung = report["rungs"][name]
         assert 0 <= rung["ci95"][0] <= rung["mean"] <= rung["ci95"][1] <= 1 and len(rung["per_task"]) == 2
         assert name in said
+    assert report["rungs"]["ridge"]["chosen"].split(",")[0] in embeddings.FEATURES
     assert {"collect_s", "train_s", "generate_s", "adapters_to_break_even"} <= report["cost"].keys()
     assert [place.rsplit("/")[-1] for place in report["harm"]] == ["questions.json", "conversions.json"]
     assert all(found["n"] == 96 and found["rungs"].keys() == {"dnd", "in_task"} for found in report["harm"].values())

@@ -191,6 +191,11 @@ def test_a_base_own_settings_of_generation_do_not_count(base, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": list(range(plain.model.config.vocab_size))}))
     short, long = Model(str(tmp_path / "base"), None, 8, 6).answer(rows), plain.answer(rows)
     assert all(b.startswith(a) for a, b in zip(short, long, strict=True)) and short != long
+    for name in ("config.json", "generation_config.json"):  # adapters end answers as the tokenizer does, whatever these say
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token_id"}))
+    ending = Model(str(tmp_path / "base"), None, 8, 6)
+    assert ending.model.generation_config.eos_token_id == [ending.tokenizer.eos_token_id]
 
 
 def test_one_adapter_after_another_whatever_their_configs(base, adapter):

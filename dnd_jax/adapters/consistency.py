@@ -150,8 +150,8 @@ def check_widths(modules: Iterable[str], shapes: Shapes) -> None:
 def check_gaps(modules: Iterable[str], config: Mapping[str, Any]) -> None:
     """Raise InputError where a block of one layer lacks a module that the same block has in another layer.
 
-    Only where the config names modules by their last names; layers whose blocks each have a module that the other lacks are of two
-    sorts, and keys or values that several layers lack are so by their architecture.
+    Only where the config names modules by their last names; layers whose blocks each have a module that the other lacks are of
+    two sorts, and keys or values that several layers lack are so by their architecture.
     """
     targets = config.get("target_modules")
     listed = [*targets, *(config.get("exclude_modules") or ())] if isinstance(targets, list) else ["."]

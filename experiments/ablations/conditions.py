@@ -22,12 +22,14 @@ from dnd_jax.types import InputError
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"form-{form}": {"form": form} for form in export.FORMS},
-    **{f"prompts-{count}": {"prompts": count} for count in (4, 7, 28)},  # the forms have 14
+    **{f"prompts-{count}": {"prompts": count} for count in (4, 7, 28)},  # the forms have the config's
 }
 
 
 def folder_of(config: ml_collections.ConfigDict) -> pathlib.Path:
-    """Return where the variants are, beside the list of tasks."""
+    """Return where the variants are, beside the list of tasks; raise InputError where that is no file of its own."""
+    if not isinstance(config.tasks, str):
+        raise InputError("config.tasks is a table, expected the name of a file, beside which the variants are written")
     return pathlib.Path(config.tasks).parent / "conditions"
 
 
@@ -54,21 +56,17 @@ def run(config: ml_collections.ConfigDict, variant: str) -> None:
 
 
 def load(folder: files.PathLike) -> dict[str, dict[str, Any]]:
-    """Return the reports that are there, by variant, in the order of VARIANTS.
+    """Return the reports that are there, by variant, in the order of VARIANTS, with the prompts of a condition as `prompts`.
 
     Raises:
       InputError: none is there.
     """
     paths = {name: pathlib.Path(folder, name, "run", "report.json") for name in VARIANTS}
-    found = {name: files.read_json(path) for name, path in paths.items() if path.exists()}
+    found = {name: path for name, path in paths.items() if path.exists()}
     if not found:
         raise InputError(f"{folder}: holds no report, run experiments.ablations.conditions first")
-    return found
-
-
-def prompt_count(variant: str) -> int | None:
-    """Return how many prompts a condition of the variant has, if it belongs to that comparison: conditions of prompts only."""
-    return 14 if variant == "form-prompt" else VARIANTS[variant].get("prompts")
+    return {name: files.read_json(path) | {"prompts": files.read_json(path.parent / "config.json")["condition"]["prompts"]}
+            for name, path in found.items()}
 
 
 def define_flags() -> None:

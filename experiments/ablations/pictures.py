@@ -1,6 +1,6 @@
 """The pictures of the notebooks, each a matplotlib figure of what other modules have computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -9,7 +9,6 @@ import pandas
 from matplotlib.figure import Figure
 
 from dnd_jax import anatomy, baselines
-from experiments.ablations import conditions
 
 RED, PALE_RED, DARK, BLUE, GREY = "#c03a2b", "#e3a39b", "#444444", "#7f9db9", "#cccccc"
 RUNGS = {"in_task": DARK, "dnd": RED, "ridge": "#3f6f9f", "nearest": BLUE, "mean_adapter": "#b9cbdb", "dnd_shuffled": PALE_RED}
@@ -114,29 +113,36 @@ def table_of(reports: Mapping[str, Mapping[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame({name: {rung: r["rungs"][rung]["mean"] for rung in r["rungs"]} for name, r in reports.items()}).T
 
 
+def _of_all(reports: Mapping[str, Mapping[str, Any]], rungs: Iterable[str]) -> list[str]:
+    """Return the rungs that every report has; without validation tasks some are left out."""
+    return [rung for rung in rungs if all(rung in report["rungs"] for report in reports.values())]
+
+
 def ladders(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw, for each variant, the rungs that a condition could matter to, with 95% intervals."""
+    """Draw, for each variant, the rungs that a condition could matter to, as far as all have them, with 95% intervals."""
     figure, axes = plt.subplots(figsize=(10, 0.9 * len(reports) + 1.4), layout="constrained")
-    step = 0.8 / len(RUNGS)
-    for i, (rung, color) in enumerate(RUNGS.items()):
+    rungs = _of_all(reports, RUNGS)
+    step = 0.8 / len(rungs)
+    for i, rung in enumerate(rungs):
         found = [report["rungs"][rung] for report in reports.values()]
         means = np.array([r["mean"] for r in found])
         reach = np.abs(np.array([r["ci95"] for r in found]).T - means)
-        places = np.arange(len(found)) + step * (i - (len(RUNGS) - 1) / 2)
-        axes.barh(places, means, step * 0.9, color=color, xerr=reach, error_kw={"elinewidth": 1, "ecolor": "#888888"}, label=rung)
+        places = np.arange(len(found)) + step * (i - (len(rungs) - 1) / 2)
+        axes.barh(places, means, step * 0.9, color=RUNGS[rung], label=rung,
+                  xerr=reach, error_kw={"elinewidth": 1, "ecolor": "#888888"})
     axes.set_yticks(range(len(reports)), list(reports))
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="exact match on held-out tasks, 95% interval")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(RUNGS), frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(rungs), frameon=False)
     _open_corners(figure)
     return figure
 
 
 def by_count(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw rungs over the number of prompts of a condition."""
-    counts = sorted((count, name) for name in reports if (count := conditions.prompt_count(name)))
+    """Draw rungs over the number of prompts of a condition, of the variants whose conditions are prompts only."""
+    counts = sorted((report["prompts"], name) for name, report in reports.items() if report["form"] == "prompt")
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for rung in ("in_task", "dnd", "ridge", "nearest", "dnd_shuffled"):
+    for rung in _of_all(reports, ("in_task", "dnd", "ridge", "nearest", "dnd_shuffled")):
         found = [reports[name]["rungs"][rung] for _, name in counts]
         means = np.array([r["mean"] for r in found])
         reach = np.abs(np.array([r["ci95"] for r in found]).T - means)
