@@ -28,8 +28,9 @@ def position_extremes(condition: Float[np.ndarray, "N L C"]) -> Float[np.ndarray
     return np.concatenate([x.mean(0).ravel(), x.max(0).ravel(), x.min(0).ravel()])
 
 
-FEATURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "pooled": pool, "positions": positions, "extremes": extremes, "position extremes": position_extremes}
+# What tells more than the pooled embedding, and is in the conditions that a decoder sees.
+WIDE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "positions": positions, "extremes": extremes, "position extremes": position_extremes}
 
 
 def similarities(query: Float[np.ndarray, " C"], known: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:

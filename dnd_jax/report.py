@@ -12,9 +12,10 @@ from dnd_jax import files, harm, logs
 from dnd_jax.scoring.kinds import Scores
 from dnd_jax.statistics import nested_interval
 
-LABEL_FREE = ("base", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge", "random", "multi_task")
+LABEL_FREE = ("base", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge",
+              "ridge_wide", "random", "multi_task")
 ORDER = ("base", "in_context", *LABEL_FREE[1:], "dnd", "dnd_shuffled", "dnd_random_text", "in_task")
-WHY_LEFT_OUT = {"no validation tasks are there to choose on": ("best_single", "weighted_topk", "ridge"),
+WHY_LEFT_OUT = {"no validation tasks are there to choose on": ("best_single", "weighted_topk", "ridge", "ridge_wide"),
                 "the adapters are more than products": ("mean_product",)}
 FEW_TASKS = 6  # with fewer the bootstrap over tasks finds an advantage where there is none once in ten times and more
 ABOUT_ZERO = 0.05  # an interval that includes zero and ends below this counts as about zero

@@ -23,8 +23,9 @@ from dnd_jax.sources import Row
 from dnd_jax.tasks import SPLITS, digest, multi_task, read_tasks, step_folders
 from dnd_jax.types import InputError
 
-RIDGE_NUMBERS = 2**27  # of features of all samples, 1 GB as float64; kinds that have more are left out, but for the pooled one
-DRAWN = ("nearest", "weighted_topk", "ridge", "dnd", "dnd_shuffled", "dnd_random_text")  # what depends on the prompts drawn
+DRAWN = ("nearest", "weighted_topk", "ridge", "ridge_wide", "dnd", "dnd_shuffled", "dnd_random_text")  # by the prompts drawn
+RIDGE_NUMBERS = 2**27  # features of all samples, 1 GB as float64; kinds by position that have more are left out
+Features = Callable[[np.ndarray], np.ndarray]
 Adapter = tuple[Flat, Spec]
 MakeAdapter = Callable[[pairs.Task, int], Adapter]
 
@@ -185,18 +186,18 @@ def top_k(ev: Evaluation, k: int, temperature: float) -> MakeAdapter:
     return make
 
 
-def ridges(ev: Evaluation) -> Iterator[tuple[str, MakeAdapter]]:
+def ridges(ev: Evaluation, kinds: Mapping[str, Features]) -> Iterator[tuple[str, MakeAdapter]]:
     """Regress training adapters on features of many prompt draws of the decoder's size, one kind and penalty after the other."""
     draws = [(task, draw) for task in ev.train for draw in range(100, 100 + ev.e.ridge_draws)]
-    for kind, features in embeddings.FEATURES.items():
-        if kind != "pooled" and len(draws) * features(ev.draw(*draws[0])).size > RIDGE_NUMBERS:
+    for kind, features in kinds.items():
+        if "position" in kind and len(draws) * features(ev.draw(*draws[0])).size > RIDGE_NUMBERS:
             continue
         x = np.stack([features(ev.draw(task, draw)) for task, draw in draws])
         for penalty in ev.e.penalties:
             yield f"{kind}, penalty {penalty}", ridge(ev, features, baselines.Ridge(x, ev.train_adapters, penalty))
 
 
-def ridge(ev: Evaluation, features: Callable[[np.ndarray], np.ndarray], model: baselines.Ridge) -> MakeAdapter:
+def ridge(ev: Evaluation, features: Features, model: baselines.Ridge) -> MakeAdapter:
     """Predict by a ridge regression on features."""
     return lambda task, draw: ev.with_carried(model(features(ev.draw(task, draw))))
 
@@ -227,9 +228,10 @@ def choosing_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:
     """Return the rungs that leave something open, and what is best on the validation tasks."""
     single, use_single = best_single(ev)
     (k, temperature), use_top_k = ev.best([((k, t), top_k(ev, k, t)) for k in ev.e.top_k for t in ev.e.temperatures])
-    regression, use_ridge = ev.best(ridges(ev))
+    pooled, use_ridge = ev.best(ridges(ev, {"pooled": embeddings.pool}))
+    wide, use_wide = ev.best(ridges(ev, embeddings.WIDE))
     return {"best_single": (use_single, single), "weighted_topk": (use_top_k, f"k = {k}, temperature {temperature}"),
-            "ridge": (use_ridge, regression)}
+            "ridge": (use_ridge, pooled), "ridge_wide": (use_wide, wide)}
 
 
 def adapter_rungs(ev: Evaluation) -> dict[str, tuple[MakeAdapter, str]]:

@@ -79,8 +79,9 @@ def test_ridge_is_offered_what_the_decoder_sees_and_chooses_on_validation_tasks(
         def with_carried(self, flat):
             return flat
 
-    found = dict(rungs.ridges(Few()))
-    assert [*found] == [f"{kind}, penalty {p}" for kind in embeddings.FEATURES for p in (1e-6, 1.0)]
+    kinds = {"pooled": embeddings.pool, **embeddings.WIDE}
+    found = dict(rungs.ridges(Few(), kinds))
+    assert [*found] == [f"{kind}, penalty {p}" for kind in kinds for p in (1e-6, 1.0)]
     value = {name: [make(tasks[task], 0)["m/lora_A"][0, 0] for task in "abc"] for name, make in found.items()}
     np.testing.assert_allclose(value["positions, penalty 1e-06"], [0, 1, 2], atol=1e-3)
     np.testing.assert_allclose(value["pooled, penalty 1e-06"], 1, atol=1e-3)  # the mean
@@ -147,7 +148,7 @@ def test_a_ladder_without_validation_tasks_and_with_one_test_task(root, smoke, t
     assert refused.returncode == 1 and f"{name}: every one of" in refused.stderr
     done = run_module(*command, "--despite_findings", cwd=smoke)
     assert f"finding of the audit: {name}: every one of" in done.stdout
-    assert "left out, as no validation tasks are there to choose on: best_single, weighted_topk, ridge" in done.stdout
+    assert "left out, as no validation tasks are there to choose on: best_single, weighted_topk, ridge, ridge_wide" in done.stdout
     assert "One held-out task says nothing about others" in done.stdout and "training unknown" in done.stdout
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {"mean_adapter", "nearest", "dnd", "dnd_shuffled", "in_task"} <= report["rungs"].keys()

@@ -51,13 +51,13 @@ def test_report_has_every_rung_and_stands_alone(ran, root):
     said, _ = ran
     report = json.loads((root / "run" / "report.json").read_text())
     rungs = ("base", "in_context", "mean_adapter", "mean_product", "best_single", "nearest", "weighted_topk", "ridge",
-             "random", "multi_task", "dnd", "dnd_shuffled", "in_task")
+             "ridge_wide", "random", "multi_task", "dnd", "dnd_shuffled", "in_task")
     assert set(rungs) <= report["rungs"].keys()
     for name in rungs:
         rung = report["rungs"][name]
         assert 0 <= rung["ci95"][0] <= rung["mean"] <= rung["ci95"][1] <= 1 and len(rung["per_task"]) == 2
         assert name in said
-    assert report["rungs"]["ridge"]["chosen"].split(",")[0] in embeddings.FEATURES
+    assert report["rungs"]["ridge_wide"]["chosen"].split(",")[0] in embeddings.WIDE
     assert {"collect_s", "train_s", "generate_s", "adapters_to_break_even"} <= report["cost"].keys()
     assert [place.rsplit("/")[-1] for place in report["harm"]] == ["questions.json", "conversions.json"]
     assert all(found["n"] == 96 and found["rungs"].keys() == {"dnd", "in_task"} for found in report["harm"].values())

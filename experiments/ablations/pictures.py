@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from dnd_jax import anatomy, baselines
 
 RED, PALE_RED, DARK, BLUE, GREY = "#c03a2b", "#e3a39b", "#444444", "#7f9db9", "#cccccc"
-RUNGS = {"in_task": DARK, "dnd": RED, "ridge": "#3f6f9f", "nearest": BLUE, "mean_adapter": "#b9cbdb", "dnd_shuffled": PALE_RED}
+RUNGS = {"in_task": DARK, "dnd": RED, "ridge_wide": "#244b73", "ridge": "#4f7fb0", "nearest": BLUE, "mean_adapter": "#b9cbdb",
+         "dnd_shuffled": PALE_RED}
 
 
 def _open_corners(figure: Figure) -> None:
@@ -142,7 +143,7 @@ def by_count(reports: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw rungs over the number of prompts of a condition, of the variants whose conditions are prompts only."""
     counts = sorted((report["prompts"], name) for name, report in reports.items() if report["form"] == "prompt")
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for rung in _of_all(reports, ("in_task", "dnd", "ridge", "nearest", "dnd_shuffled")):
+    for rung in _of_all(reports, ("in_task", "dnd", "ridge_wide", "ridge", "nearest", "dnd_shuffled")):
         found = [reports[name]["rungs"][rung] for _, name in counts]
         means = np.array([r["mean"] for r in found])
         reach = np.abs(np.array([r["ci95"] for r in found]).T - means)

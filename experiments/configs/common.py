@@ -95,7 +95,7 @@ def published(
         "keep_last": 2, "keep_every": 0, "on_failed_save": "continue", "tensorboard": False,
     }
     # `draws` are of a test task's prompts, `ridge_draws` of each training task's; the candidates that validation tasks decide on:
-    # nearest tasks, temperatures of their weights, penalties of ridge
+    # nearest tasks, temperatures of their weights, penalties of both ridges
     config.evaluate = {
         "scoring": scoring, "unrelated": UNRELATED, "samples": 10, "temperature": 0.8, "max_new_tokens": max_new_tokens,
         "draws": 3, "batch_size": 32, "in_context_examples": 4, "ridge_draws": 8,
