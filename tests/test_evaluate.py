@@ -138,7 +138,8 @@ def test_a_ladder_without_validation_tasks_and_with_one_test_task(root, smoke, t
     (store / pairs.SEAL).unlink()
     shutil.copytree(root / "run", tmp_path / "run", ignore=shutil.ignore_patterns("report.*", "metrics.jsonl"))
     shutil.copytree(root / "datasets", tmp_path / "datasets")
-    shutil.copyfile(root / "tasks.json", tmp_path / "tasks.json")
+    listed = {name: entry for name, entry in json.loads((root / "tasks.json").read_text()).items() if name in manifest["tasks"]}
+    (tmp_path / "tasks.json").write_text(json.dumps(listed))
     (name,) = (name for name, entry in manifest["tasks"].items() if entry["split"] == "test")
     path = tmp_path / "datasets" / f"{name}_test.json"
     path.write_text(json.dumps([row | {"response": "one"} for row in json.loads(path.read_text())]))
