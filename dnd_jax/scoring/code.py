@@ -47,11 +47,7 @@ def program(row: Row, answer: str) -> str:
     code, earlier = _block(answer.replace("\r\n", "\n"), last and last[1])
     if last and last[1] in DEFINED.findall(textwrap.dedent(code)):
         given, code = _definitions(DECORATORS.sub("", row.prompt[: last.start()])), _python(textwrap.dedent(code))
-        helpers = _definitions(earlier)
-        used, there, helped = (ast.Module(_statements(text) or [], []) for text in (code, f"{given}\n{code}", helpers))
-        if not (_used(used) - _defined(there)) & _defined(helped):
-            helpers = ""
-        solution = "\n".join((given, helpers, code))
+        solution = "\n".join((given, _helpers(earlier, given, code), code))
         solution = "".join(FUTURE.findall(solution)) + FUTURE.sub("", solution)
     else:
         solution = row.prompt + STOP.split(code, maxsplit=1)[0] if last else code
@@ -108,6 +104,13 @@ def _definitions(text: str) -> str:
             kept.append(statement)
             known |= _defined(statement)
     return ast.unparse(ast.Module(kept, []))
+
+
+def _helpers(earlier: str, given: str, code: str) -> str:
+    """Return what earlier blocks define if code uses any of it that neither it nor what is given defines, else nothing."""
+    helpers = _definitions(earlier)
+    used, known, helped = (ast.Module(_statements(text) or [], []) for text in (code, f"{given}\n{code}", helpers))
+    return helpers if (_used(used) - _defined(known)) & _defined(helped) else ""
 
 
 def _statements(text: str) -> list[ast.stmt] | None:
