@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.decoder = {"blocks": ((24, 10, 48), (32, 8, 48), (32, 6, 48)), "kernel_size": 5, "shortened": placeholder(int)}
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.train = {
-        "steps": 4 if smoke else 700, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 3.0,
+        "steps": 4 if smoke else 1400, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 3.0,
         "clip_norm": 1.0, "condition_noise": 1e-4, "token_noise": 1e-5, "calibrate": True,
         "optimizer": "adamw", "param_dtype": "float32", "compute_dtype": "float32", "accumulate": 1, "remat": False,
         "prefetch": 2, "log_every": 1 if smoke else 10, "validate_every": 2 if smoke else 50, "validation_draws": 4,
