@@ -226,7 +226,8 @@ def test_parameters_that_overflow_are_not_saved(tmp_path, store):
 
 def start_and_wait(store, workdir, step, **settings):
     """Start a training process and wait until its log has reached a step."""
-    command = [sys.executable, "-m", *train_command(store, workdir, **settings)]
+    hearing = ["env", "--default-signal=INT"]  # in a shell's background it is ignored
+    command = [*hearing, sys.executable, "-m", *train_command(store, workdir, **settings)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (workdir / "metrics.jsonl").exists() or not read_log(workdir) or read_log(workdir)[-1]["step"] < step:
@@ -255,11 +256,15 @@ def test_an_interrupt_saves_and_a_second_one_ends_at_once(tmp_path, store):
     stdout, _ = process.communicate(timeout=60)
     step, _ = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
     assert process.returncode == -signal.SIGINT and f"terminated: step {step} is saved" in stdout  # so a shell goes no further
-    with pytest.raises(KeyboardInterrupt), guards.until_terminated() as terminated:
-        signal.raise_signal(signal.SIGINT)
-        assert terminated(1)
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("goes on")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), guards.until_terminated() as terminated:
+            signal.raise_signal(signal.SIGINT)
+            assert terminated(1)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("goes on")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
