@@ -128,6 +128,7 @@ def test_answers_are_parsed(answer, found, expected):
         "\\boxed{18 miles per hour}", "#### Final Answer\nThe answer is 18.", "#### Step 3: Compute the total\nTotal = 18",
         "#### Answer\n\n**18**", "#### $18")),
     *((gold, "#### 18", 1, 0) for gold in ("#### 18.", "#### 18 dollars per day", "18 dollars", "18 kg")),
+    ("#### 18", "The answer is 18.\nIt took us\n3 steps", 1, 0),
     ("#### 18000", "#### 18,000 dollars", 1, 0), ("#### 18", "#### 17 dollars", 0, 0), ("\\boxed{2x}", "\\boxed{2 x}", 1, 0),
     ("\\boxed{2}", "\\boxed{2 x}", 0, 0), ("\\boxed{3 pi}", "\\boxed{3}", 0, 0),
     ("#### 12", "It is 13.", 0, 0),

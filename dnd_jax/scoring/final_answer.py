@@ -64,9 +64,9 @@ def parse(text: str, *, whole: bool = False) -> list[Any]:
     import math_verify
 
     marked = extract(text) or (_bare(text) if whole else "")
-    behind = text.rsplit("####", 1)[-1].partition("\n")[2]  # of a heading
-    return (math_verify.parse(f"\\boxed{{{marked}}}") if marked else []) or (
-        math_verify.parse(behind) if behind.strip() else []) or math_verify.parse(text)
+    below = "" if marked or "####" not in text else text.rsplit("####", 1)[1].strip().partition("\n")[2]  # of a heading
+    return ((math_verify.parse(f"\\boxed{{{marked}}}") if marked else []) or (math_verify.parse(below) if below else [])
+            or math_verify.parse(text))
 
 
 def words(text: str) -> str:
