@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_store, read_log, tiny_config, train_command, without_times
 
-from dnd_jax import checkpoints, guards, inputs, optimizers, pairs, settings, sharding, train, validation, workdirs
+from dnd_jax import checkpoints, inputs, optimizers, pairs, settings, sharding, train, validation, workdirs
 from dnd_jax.decoder import HyperConvDecoder
 from dnd_jax.tokens import mask_of
 from dnd_jax.types import InputError
@@ -222,49 +222,6 @@ def test_parameters_that_overflow_are_not_saved(tmp_path, store):
     with pytest.raises(FloatingPointError, match=r"step 1: .* is (inf|nan), tasks \['task.*; no checkpoint was written yet"):
         train.train(config, pairs.open_store(store), tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-
-
-def start_and_wait(store, workdir, step, **settings):
-    """Start a training process and wait until its log has reached a step."""
-    hearing = ["env", "--default-signal=INT"]  # in a shell's background it is ignored
-    command = [*hearing, sys.executable, "-m", *train_command(store, workdir, **settings)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (workdir / "metrics.jsonl").exists() or not read_log(workdir) or read_log(workdir)[-1]["step"] < step:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-2000:]
-        time.sleep(0.05)
-    return process
-
-
-def test_sigterm_saves_and_a_second_run_is_kept_out(tmp_path, store):
-    settings = {"steps": 100_000, "validate_every": 100_000}
-    process = start_and_wait(store, tmp_path / "run", 20, **settings)
-    with pytest.raises(InputError, match=f"run: is in use by process {process.pid}"):
-        workdirs.claim(tiny_config(store, **settings), tmp_path / "run")
-    process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "terminated: step" in stdout
-    step, _ = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
-    assert step == read_log(tmp_path / "run")[-1]["step"] >= 20 and f"step {step} is saved" in stdout
-    assert "validation_loss" not in read_log(tmp_path / "run")[-1]  # there may not be the time for it
-
-
-def test_an_interrupt_saves_and_a_second_one_ends_at_once(tmp_path, store):
-    settings = {"steps": 100_000, "validate_every": 100_000}
-    process = start_and_wait(store, tmp_path / "run", 20, **settings)
-    process.send_signal(signal.SIGINT)
-    stdout, _ = process.communicate(timeout=60)
-    step, _ = checkpoints.load_latest(tmp_path / "run" / "checkpoints")
-    assert process.returncode == -signal.SIGINT and f"terminated: step {step} is saved" in stdout  # so a shell goes no further
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt), guards.until_terminated() as terminated:
-            signal.raise_signal(signal.SIGINT)
-            assert terminated(1)
-            signal.raise_signal(signal.SIGINT)
-            pytest.fail("goes on")
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_every_changed_field_is_named_and_free_ones_may_change(tmp_path, store):
